@@ -1,0 +1,12 @@
+"""UserError: what the user can mend."""
+
+
+class UserError(Exception):
+    """A wrong input. The command line prints each problem on one line and exits with code 2, no traceback.
+
+    Each problem says what is wrong, where (a dotted configuration path or a file) and what to do.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems

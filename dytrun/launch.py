@@ -1,0 +1,189 @@
+"""One configuration → N ranks → rank 0's result.
+
+On one machine the ranks are started by torchelastic, in processes of their own for every run: no run inherits
+another's memory, peaks or compiled code. Under torchrun or another launcher that has set RANK, this process is one.
+
+torch is imported only where it is needed, so that a finished run is recognised without it.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dytrun.config import EvalConfig, RunConfig
+from dytrun.errors import UserError
+from dytrun.records import RunResult, write_json
+
+
+class Failed(Exception):
+    """A rank died or raised. The message names the first one to fail, and holds its traceback."""
+
+
+class Stopped(Exception):
+    """A person or the system asked for an end."""
+
+
+def previous(config: RunConfig) -> RunResult | None:
+    """Return the result of a run that has ended for good (finished or diverged); None if there is work to do."""
+    path = config.run_dir / "result.json"
+    if not path.is_file():
+        return None
+    result = RunResult.load(path)
+    return result if result.status in ("finished", "diverged") else None
+
+
+def plan(config: RunConfig) -> list[tuple[str, str]]:
+    """Say what a run would do.
+
+    Raises:
+        UserError: whatever would stop the run before its first step.
+    """
+    if not config.dry_run:
+        warm_up()
+    from dytrun import run
+
+    return run.plan_rows(config)
+
+
+def train(config: RunConfig) -> RunResult:
+    """Train a run to its end, or on from its last checkpoint.
+
+    Raises:
+        UserError: an input turned out wrong, on any rank.
+        Failed: a rank died or raised; a result that says so is left in the run's directory.
+        Stopped: by a signal.
+    """
+    from dytrun import distributed, run
+
+    if distributed.joined():
+        if distributed.first_here():
+            _write_config(config)
+        _wait_for(config.run_dir / "config.json")
+        run.train_rank(str(config.run_dir))
+        return RunResult.load(config.run_dir / "result.json")
+    _write_config(config)
+    _, world = run.resolve_devices(config.machine.devices)
+    try:
+        _start(run.train_rank, (str(config.run_dir),), world)
+    except (Failed, Stopped) as error:
+        status = "failed" if isinstance(error, Failed) else "interrupted"
+        message = str(error).splitlines()[0]
+        RunResult(status=status, message=message, **run.identity(config)).save(config.run_dir / "result.json")
+        raise
+    return RunResult.load(config.run_dir / "result.json")
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate a checkpoint; return {step, accuracy: {raw, ema}} and leave the figures in eval.json beside it.
+
+    Raises:
+        UserError: there is no such run, checkpoint or data.
+        Failed: a rank died or raised.
+    """
+    warm_up()
+    from dytrun import distributed, run
+
+    directory = Path(config.dir)
+    run.load_config(directory)
+    _, world = run.resolve_devices(config.devices)
+    args = (str(directory), config.model_dump_json())
+    found = run.evaluate_rank(*args) if distributed.joined() else _start(run.evaluate_rank, args, world)
+    if found is not None:
+        figures = {
+            name: {"top1": one.top1, "top5": one.top5, "loss": one.loss, "num": one.num}
+            for name, one in found["accuracy"].items()
+        }
+        write_json(directory / "eval.json", {"checkpoint": config.checkpoint, "step": found["step"]} | figures)
+    return found or {}
+
+
+def warm_up() -> None:
+    """Start the process that ranks are forked from; it imports torch while this one does other things.
+
+    A rank is then a fork of a process that has imported everything and done nothing: it starts in a moment, and
+    shares no state with any other.
+    """
+    if "RANK" in os.environ:
+        return
+    # One machine: gloo need not ask the name service which of its addresses to use.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    multiprocessing.set_forkserver_preload(["dytrun.run"])
+    multiprocessing.forkserver.ensure_running()
+
+
+def _start(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
+    """Run `entry(*args)` on `world` ranks of this machine and return what rank 0 returned."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    warm_up()
+    # Its warnings repeat at length what the exception says.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="dytrun-") as logs, _quiet():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world,
+            run_id=f"dytrun-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"is_host": True},
+            local_addr="localhost",
+            start_method="forkserver",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            return elastic_launch(config, entry)(*args)[0]
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise _translated(rank, failure.message) from None
+        except (SignalException, KeyboardInterrupt) as error:
+            raise Stopped(f"stopped by {type(error).__name__} ({error})") from None
+
+
+def _translated(rank: int, message: Any) -> Exception:
+    """Turn what the first failing rank left behind into our exception."""
+    if not isinstance(message, dict):
+        return Failed(f"rank {rank} died: {message}")
+    first, text = message["message"], message["extraInfo"]["py_callstack"]
+    if first.startswith("UserError: "):
+        return UserError(*first.removeprefix("UserError: ").splitlines())
+    return Failed(f"rank {rank}: {first.splitlines()[0]}\n{text}")
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed")
+        yield
+
+
+def _write_config(config: RunConfig) -> None:
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
+    except OSError as error:
+        raise UserError(f"runs_dir: {config.run_dir} cannot be written ({error.strerror}); choose another") from None
+
+
+def _wait_for(path: Path, timeout_s: float = 60.0) -> None:
+    """Wait until rank 0 has written a file that this rank is about to read."""
+    import time
+
+    until = time.monotonic() + timeout_s
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise UserError(f"runs_dir: {path} does not appear on this rank; use a directory that all nodes share")
+        time.sleep(0.1)

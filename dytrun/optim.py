@@ -1,0 +1,99 @@
+"""Parameter groups, optimizer and schedule. Epochs become steps here and nowhere else."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from dytrun.config import OptimConfig, RunConfig
+from dytrun.errors import UserError
+
+# The learning rate of the paper's ImageNet runs and the global batch that it belongs to (README of jiachenzhu/DyT).
+PAPER_LR, PAPER_BATCH = 4e-3, 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run counted in optimizer steps and micro-batches."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    batch_per_rank: int
+    """Images of a micro-batch on one rank."""
+    accumulation: int
+    """Micro-batches of an optimizer step on one rank."""
+
+
+def plan_steps(config: RunConfig, num_train: int, world: int) -> Plan:
+    """Count the steps of a run; as in the reference, images that do not fill a last global batch wait for another epoch.
+
+    Raises:
+        UserError: the data has less than one batch, or the batch cannot be split evenly over ranks and micro-batches.
+    """
+    batch, limit = config.global_batch, config.machine.max_batch_per_rank
+    if num_train < batch:
+        raise UserError(f"global_batch: {batch} is more than the {num_train} training images; lower it")
+    if batch % world:
+        raise UserError(f"global_batch: {batch} cannot be split over {world} ranks; choose a multiple of {world}")
+    share = batch // world
+    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= (limit or share))
+    if config.augment.mixes and share // accumulation % 2:
+        raise UserError(
+            f"augment.mixup: images are mixed in pairs, but a micro-batch has {share // accumulation}; make "
+            "global_batch / ranks / machine.max_batch_per_rank even, or set augment.mixup=0 augment.cutmix=0"
+        )
+    steps_per_epoch = num_train // batch
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
+        warmup_steps=int(config.optim.warmup_epochs * steps_per_epoch),
+        batch_per_rank=share // accumulation,
+        accumulation=accumulation,
+    )
+
+
+def lr_at(step: int, optim: OptimConfig, plan: Plan) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up from 0, then half a cosine down to min_lr.
+
+    The warm-up is a closed interval, as the reference's (utils.cosine_scheduler): its last step and the first of
+    the cosine both have the full rate.
+    """
+    if step < plan.warmup_steps:
+        return optim.lr * step / (plan.warmup_steps - 1) if plan.warmup_steps > 1 else 0.0
+    progress = (step - plan.warmup_steps) / (plan.total_steps - plan.warmup_steps)
+    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def param_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
+    """Split the parameters: no decay for those with one dimension, for biases, and for what the model names.
+
+    So alpha, weight and bias of every norm are never decayed. With layer_decay below 1 each group carries the
+    `lr_scale` of its layer, by timm's grouping, in which an alpha belongs to the layer of its site.
+    """
+    no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # pyright: ignore[reportCallIssue]
+    if optim.layer_decay < 1:
+        return param_groups_layer_decay(model, optim.weight_decay, tuple(no_decay), layer_decay=optim.layer_decay)
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay
+            (plain if is_plain else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """Make AdamW in its fused form, which can skip a step on the device, without the host looking."""
+    groups = param_groups(model, optim)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

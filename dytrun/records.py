@@ -1,0 +1,191 @@
+"""Names and units of everything that a run measures. Whoever asks the engine gets these, and nothing else.
+
+Accuracies are in percent, times in the unit that the name ends with, memory in GiB (2**30 bytes).
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+# x-axes of every record, first in each line of metrics.jsonl.
+AXES = ("step", "epoch", "samples_seen")
+METRICS = (
+    "train/loss", "train/lr", "train/grad_norm",
+    "val/loss", "val/top1", "val/top5",
+    "ema/top1", "ema/top5",
+    "perf/images_per_s", "perf/images_per_s_per_device", "perf/step_ms", "perf/data_wait_frac",
+    "perf/peak_mem_gib",
+)  # fmt: skip
+# One metric for each norm site; <site> is the module's name in the model.
+SITE_METRICS = ("norm/alpha/<site>", "norm/input_std/<site>", "norm/saturation/<site>")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The clock's reading over some steps; pauses (evaluation, checkpoints) and warm-up are not in it."""
+
+    images_per_s: float
+    step_ms_p50: float
+    step_ms_p95: float
+    data_wait_frac: float
+    """Share of the time in which the training loop waited for images."""
+    peak_mem_gib: float
+    """CUDA: most memory allocated on the device. CPU: largest resident set of the process."""
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """A window of optimizer steps that ended with `step`."""
+
+    step: int
+    epoch: float
+    samples_seen: int
+    loss: float
+    """Mean over the window."""
+    lr: float
+    grad_norm: float
+    """Of the window's last step, before clipping."""
+    speed: Speed
+    world: int
+    alpha: Mapping[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Return {metric name: value}."""
+        return {
+            "train/loss": self.loss,
+            "train/lr": self.lr,
+            "train/grad_norm": self.grad_norm,
+            "perf/images_per_s": self.speed.images_per_s,
+            "perf/images_per_s_per_device": self.speed.images_per_s / self.world,
+            "perf/step_ms": self.speed.step_ms_p50,
+            "perf/data_wait_frac": self.speed.data_wait_frac,
+            "perf/peak_mem_gib": self.speed.peak_mem_gib,
+        } | {f"norm/alpha/{site}": value for site, value in self.alpha.items()}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Integer counts over a split, every image once."""
+
+    num: int
+    top1_count: int
+    top5_count: int
+    loss: float
+    """Mean cross-entropy with hard labels."""
+    correct: np.ndarray
+    """Top-1 hit or miss of each image, bool, in the order of the split."""
+
+    @property
+    def top1(self) -> float:
+        """In percent."""
+        return 100 * self.top1_count / self.num
+
+    @property
+    def top5(self) -> float:
+        """In percent."""
+        return 100 * self.top5_count / self.num
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """An evaluation after `step` optimizer steps."""
+
+    step: int
+    epoch: float
+    samples_seen: int
+    raw: Accuracy
+    ema: Accuracy | None
+
+    def metrics(self) -> dict[str, float]:
+        """Return {metric name: value}."""
+        values = {"val/loss": self.raw.loss, "val/top1": self.raw.top1, "val/top5": self.raw.top5}
+        if self.ema is not None:
+            values |= {"ema/top1": self.ema.top1, "ema/top5": self.ema.top5}
+        return values
+
+
+Record = TrainRecord | EvalRecord
+Status = Literal["finished", "diverged", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What result.json holds. A field is null where a run did not get so far."""
+
+    status: Status
+    science_id: str
+    pair_id: str
+    model: str
+    norm: str
+    alpha_init: float | None
+    seed: int
+    epochs: int
+    science: Mapping[str, Any]
+    """Everything of the configuration that changes the result; what a comparison is checked against."""
+    message: str | None = None
+    """Why a run diverged, failed or stopped."""
+    num_params: int | None = None
+    num_norm_sites: int | None = None
+    norm_impl: str | None = None
+    """Which implementation computed the norms, eager or compiled."""
+    device: str | None = None
+    ranks: int | None = None
+    data_fingerprint: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool | None = None
+    steps: int = 0
+    top1: float | None = None
+    top5: float | None = None
+    val_loss: float | None = None
+    num_val: int | None = None
+    ema_top1: float | None = None
+    ema_top5: float | None = None
+    best_top1: float | None = None
+    best_epoch: int | None = None
+    images_per_s: float | None = None
+    step_ms_p50: float | None = None
+    step_ms_p95: float | None = None
+    data_wait_frac: float | None = None
+    peak_mem_gib: float | None = None
+    train_seconds: float | None = None
+    alpha: Mapping[str, float] = field(default_factory=dict)
+    """Final alpha of each site."""
+
+    def save(self, path: Path) -> None:
+        """Write the result whole or not at all."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a result back; keys of other versions of dytrun are left out."""
+        values = json.loads(path.read_text())
+        names = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+
+def to_json_line(record: Record) -> str:
+    """Write a record as a line of metrics.jsonl; a value that is not finite becomes null, as JSON has no other."""
+    axes = {axis: getattr(record, axis) for axis in AXES}
+    return json.dumps(axes | {name: _finite(value) for name, value in record.metrics().items()})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all: a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(values, file, indent=1, allow_nan=False, default=_finite)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,356 @@
+"""One rank, one page: the composition of everything. Read this file first.
+
+    config.json → data, model, conversion → state (optimizer, EMA) → checkpoint → fit ⇒ records ⇒ files → result.json
+
+Ranks read config.json and nothing else; what they do not share is their place (rank, world, device).
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import dytrun
+from dytrun import augment, convert, norm, optim
+from dytrun.checkpoint import Store
+from dytrun.config import EvalConfig, RunConfig, validate
+from dytrun.data import INIT, Data, RankShare, ValBatches, load_data, train_batches
+from dytrun.distributed import Place, barrier, session
+from dytrun.engine import Diverged, State, Surroundings, autocast, build_state, evaluate_state, fit, restore
+from dytrun.errors import UserError
+from dytrun.evaluate import evaluate
+from dytrun.model import build_model, compile_model
+from dytrun.records import Accuracy, EvalRecord, Record, RunResult
+from dytrun.terminal import Display
+from dytrun.throughput import Clock
+from dytrun.tracking import Tracker
+
+
+def train_rank(run_dir: str) -> None:
+    """Train the run of `run_dir` on this rank, from its last checkpoint if it has one; rank 0 writes the files."""
+    directory = Path(run_dir)
+    config = load_config(directory)
+    devices, _ = resolve_devices(config.machine.devices)
+    with session(devices, config.machine.collective_timeout_s) as place:
+        prepare_torch(config, place)
+        data = load_data(config.data)
+        plan = optim.plan_steps(config, len(data.train.labels), place.world)
+        model, sites = build_arm(config, data.num_classes)
+        model.to(place.device, memory_format=_memory_format(config, place))
+        state = build_state(model, config, place.device)
+        store = Store(directory / "checkpoints", config.checkpoint.keep)
+        _resume(state, store, place)
+        compile_model(model, config.machine.compile)
+        clock = Clock(place.device, config.global_batch)
+        workers = worker_count(config.machine.workers)
+        share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
+                          state.step, plan.total_steps)  # fmt: skip
+        val = ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers)
+        around = Surroundings(
+            plan=plan,
+            place=place,
+            clock=clock,
+            train=train_batches(config, data, share, place.device, workers),
+            val=lambda: val(place.rank, place.world, place.device),
+            num_val=len(data.val.labels),
+            store=store,
+            sites=[site.name for site in sites] if config.norm.name != "ln" else [],
+        )
+        result = facts(config, place, data, model, len(sites))
+        if not place.is_first:
+            _follow(fit(config, state, around), config, state, around, None)
+            return
+        tracker = Tracker(config, directory, state.step)
+        display = Display(config.run_name, plan.total_steps, state.step)
+        for note in tracker.notes:
+            display.note(note)
+        ended = None
+        try:
+            last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
+            ended = RunResult(**result, **outcome(state, around, last, message))
+            if last is not None:
+                _save_correct(directory / "correct.npz", last)
+            ended.save(directory / "result.json")
+        finally:
+            display.close()
+            tracker.finish(ended)
+
+
+def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
+    """Evaluate a checkpoint of the run of `run_dir` on this rank's share; rank 0 returns the counts."""
+    directory, chosen = Path(run_dir), EvalConfig.model_validate_json(options)
+    config = load_config(directory)
+    if chosen.data_root is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": chosen.data_root})})
+    devices, _ = resolve_devices(chosen.devices)
+    with session(devices, config.machine.collective_timeout_s) as place:
+        prepare_torch(config, place)
+        data = load_data(config.data)
+        saved = Store(directory / "checkpoints", config.checkpoint.keep).load(
+            "BEST" if chosen.checkpoint == "best" else "LATEST"
+        )
+        if saved is None:
+            raise UserError(f"{directory}: no {chosen.checkpoint} checkpoint to evaluate; train the run first")
+        val = ValBatches(config.data, data.val, chosen.batch_per_rank, worker_count(chosen.workers))
+        model, _ = build_arm(config, data.num_classes)
+        model.to(place.device, memory_format=_memory_format(config, place))
+        found: dict[str, Accuracy] = {}
+        for part, label in (("model", "raw"), ("ema", "ema")):
+            if part in saved.tensors:
+                model.load_state_dict(saved.tensors[part])
+                batches = val(place.rank, place.world, place.device)
+                found[label] = evaluate(model, batches, len(data.val.labels), autocast(config, place.device))
+    return {"step": saved.step, "accuracy": found} if place.is_first else None
+
+
+def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Say what a run would do, building its model on the meta device and touching nothing.
+
+    Raises:
+        UserError: whatever would stop the run before its first step.
+    """
+    _, world = resolve_devices(config.machine.devices)
+    nominal = config.dry_run and config.data.name == "imagenet" and not config.data.root
+    if nominal:
+        num_train, num_classes = config.data.num_train or 0, config.data.num_classes or 0
+        images = f"{num_train:,} training images, {num_classes} classes (data.root is not set: needed to train)"
+    else:
+        data = load_data(config.data)
+        num_train, num_classes = len(data.train.labels), data.num_classes
+        images = f"{num_train:,} training and {len(data.val.labels):,} validation images, {num_classes} classes"
+    plan = optim.plan_steps(config, num_train, world)
+    model, sites = build_arm(config, num_classes, device="meta")
+    num_params, num_twin = _num_params(model), len(sites) if config.norm.name == "ln" else -len(sites)
+    left = convert.norms_left(model)
+    kinds = sorted({site.kind.rpartition(".")[2] for site in sites})
+    verb = "LayerNorm sites kept" if config.norm.name == "ln" else "sites converted to DyT"
+    optimizer = config.optim
+    return [
+        ("run", f"{config.run_dir}"),
+        ("model", f"{config.model.name}: {num_params:,} parameters, {config.data.image_size} px"),
+        ("norm", f"{config.norm.name}: {len(sites)} {verb} ({', '.join(kinds) or 'none'}); left alone: "
+         + (", ".join(f"{count} {kind}" for kind, count in left.items()) or "none")),
+        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; the twin with norm="
+         f"{'dyt' if config.norm.name == 'ln' else 'ln'} has {num_params + num_twin:,} parameters"),
+        ("data", f"{config.data.name}: {images}"),
+        ("steps", f"{plan.total_steps:,} = {config.epochs} epochs × {plan.steps_per_epoch}"),
+        ("batch", f"{config.global_batch} = {world} rank(s) × {plan.accumulation} micro-batch(es) × {plan.batch_per_rank}"),
+        ("schedule", f"AdamW, lr 0 → {optimizer.lr:g} in {plan.warmup_steps:,} steps, cosine → {optimizer.min_lr:g}, "
+         f"weight decay {optimizer.weight_decay:g}, betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}"),
+        *_advice(config),
+    ]  # fmt: skip
+
+
+def build_arm(config: RunConfig, num_classes: int, device: str = "cpu") -> tuple[nn.Module, list[convert.Site]]:
+    """Build the model of a run and convert its norms; both arms of a pair start from bit-equal weights."""
+    augment.seeded(config.seed, INIT)
+    model = build_model(config.model, num_classes, config.data.image_size, device)
+    if config.norm.name == "ln":
+        return model, convert.norm_sites(model, required=False)
+    return model, convert.convert_norms(model, config.norm.alpha_init)
+
+
+def load_config(run_dir: Path) -> RunConfig:
+    """Read a run's configuration back.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
+    try:
+        return validate(RunConfig, json.loads((run_dir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: no run there (config.json: {error}); give the directory of a run") from None
+
+
+def resolve_devices(setting: str | int | list[int]) -> tuple[list[int] | None, int]:
+    """Return (CUDA device numbers by local rank, None on the CPU; number of ranks).
+
+    Raises:
+        UserError: more devices are asked for than there are.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "0"))
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if here == 0:
+        if isinstance(setting, list):
+            raise UserError(f"machine.devices: {setting} names GPUs, but there is none here; say auto, or a number of ranks")
+        return None, world or (1 if setting == "auto" else int(setting))
+    numbers = list(range(here)) if setting == "auto" else list(range(setting)) if isinstance(setting, int) else setting
+    if any(number >= here for number in numbers):  # pyright: ignore[reportOperatorIssue]
+        raise UserError(f"machine.devices: {setting} is more than the {here} GPU(s) here; lower it or say auto")
+    return numbers, world or len(numbers)  # pyright: ignore[reportReturnType]
+
+
+def prepare_torch(config: RunConfig, place: Place) -> None:
+    """Set what torch keeps for a process: precision of float32 products, threads, determinism."""
+    # The reference trains its float32 in TF32 (main.py); on the CPU this changes nothing.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = not config.machine.deterministic
+    torch.use_deterministic_algorithms(config.machine.deterministic)
+    if place.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _cores() // _local_world()))
+
+
+def worker_count(setting: str | int) -> int:
+    """Return the number of loader processes for this rank."""
+    return int(setting) if setting != "auto" else max(1, min(16, _cores() // _local_world()))
+
+
+def facts(config: RunConfig, place: Place, data: Data, model: nn.Module, num_sites: int) -> dict[str, Any]:
+    """Return the fields of a result that are known before the first step."""
+    compiled = {"off": "eager", "blocks": "compiled block by block", "model": "compiled whole"}[config.machine.compile]
+    commit, dirty = _commit()
+    return identity(config) | {
+        "num_params": _num_params(model),
+        "num_norm_sites": num_sites,
+        "norm_impl": f"{'F.layer_norm' if config.norm.name == 'ln' else norm.FORMULA}, {compiled}",
+        "device": _device_name(place.device),
+        "ranks": place.world,
+        "data_fingerprint": data.fingerprint,
+        "versions": {
+            "dytrun": dytrun.__version__, "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
+        },
+        "commit": commit,
+        "dirty": dirty,
+    }  # fmt: skip
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Return the fields of a result that the configuration alone tells."""
+    return {
+        "science_id": config.science_id,
+        "pair_id": config.pair_id,
+        "model": config.model.name,
+        "norm": config.norm.name,
+        "alpha_init": getattr(config.norm, "alpha_init", None),
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "science": config.science(),
+    }
+
+
+def outcome(state: State, around: Surroundings, last: EvalRecord | None, message: str | None) -> dict[str, Any]:
+    """Return the fields of a result that training gave."""
+    speed = {name: value if np.isfinite(value) else None for name, value in around.clock.total().items()}
+    values: dict[str, Any] = {
+        "status": "finished" if message is None else "diverged",
+        "message": message,
+        "steps": state.step,
+        "train_seconds": state.train_seconds + around.clock.train_seconds,
+        "alpha": {site: state.model.get_parameter(f"{site}.alpha").item() for site in around.sites},
+    }
+    if last is not None:
+        values |= {"top1": last.raw.top1, "top5": last.raw.top5, "val_loss": last.raw.loss, "num_val": last.raw.num}
+        values |= {"best_top1": state.best.top1, "best_epoch": state.best.epoch}
+        if last.ema is not None:
+            values |= {"ema_top1": last.ema.top1, "ema_top5": last.ema.top5}
+    return values | speed
+
+
+def _follow(
+    records: Iterator[Record],
+    config: RunConfig,
+    state: State,
+    around: Surroundings,
+    sinks: tuple[Tracker, Display] | None,
+) -> tuple[EvalRecord | None, str | None]:
+    """Hand every record to the sinks; return the last evaluation and, if training diverged, why."""
+    last = None
+    try:
+        for record in records:
+            last = record if isinstance(record, EvalRecord) else last
+            if sinks is not None:
+                tracker, display = sinks
+                tracker.log(record)
+                display.show(record)
+    except Diverged as error:
+        return last, str(error)
+    # A run that was stopped between its last checkpoint and its result has nothing left to train.
+    return last or evaluate_state(config, state, around), None
+
+
+def _resume(state: State, store: Store, place: Place) -> None:
+    """Go on from the newest whole checkpoint; rank 0 looks first, because it puts a damaged one aside."""
+    saved = store.load() if place.is_first else None
+    barrier()
+    saved = saved if place.is_first else store.load()
+    if saved is not None:
+        restore(state, saved)
+
+
+def _save_correct(path: Path, last: EvalRecord) -> None:
+    """One bit an image, in the order of the split: numpy.unpackbits(correct, count=num)."""
+    arrays = {"correct": np.packbits(last.raw.correct), "num": np.array(last.raw.num)}
+    if last.ema is not None:
+        arrays["ema_correct"] = np.packbits(last.ema.correct)
+    partial = path.with_name(".correct.partial.npz")
+    np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
+    partial.replace(path)
+
+
+def _memory_format(config: RunConfig, place: Place) -> torch.memory_format:
+    chosen = config.machine.channels_last
+    if chosen == "auto":
+        chosen = place.device.type == "cuda" and "convnext" in config.model.name
+    return torch.channels_last if chosen else torch.contiguous_format
+
+
+def _advice(config: RunConfig) -> list[tuple[str, str]]:
+    rows = []
+    if config.global_batch != optim.PAPER_BATCH:
+        scaled = optim.PAPER_LR * config.global_batch / optim.PAPER_BATCH
+        rows.append(("lr rule", f"optim.lr is absolute and does not scale by itself; the paper's {optim.PAPER_LR:g} at "
+                     f"{optim.PAPER_BATCH} scaled linearly to {config.global_batch} is {scaled:.3g}"))  # fmt: skip
+    if config.precision == "fp32":
+        rows.append(("precision", "fp32 with TF32 products on CUDA, as the paper's ImageNet runs; precision=bf16 is the "
+                     "faster choice on a GPU"))  # fmt: skip
+    else:
+        rows.append(("precision", f"{config.precision} autocast, float32 weights"))
+    return rows
+
+
+def _num_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _local_world() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
+        model = names[0].partition(": ")[2] if names else model
+    return f"CPU {model}, {torch.get_num_threads()} thread(s)"
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Return (commit, dirty) of dytrun's own checkout; nothing for an installed package."""
+    root = Path(dytrun.__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return None, None
+    try:
+        head, status = (
+            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10).stdout
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return head.strip(), bool(status.strip())
+

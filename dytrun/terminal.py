@@ -1,0 +1,130 @@
+"""What a person sees: plans, progress, results, tables. Rich on a terminal, plain lines in a log file."""
+
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dytrun.records import Accuracy, EvalRecord, Record, RunResult, TrainRecord
+
+# A log file gets at most a line in so many seconds, and the last one.
+_LINE_EVERY_S = 5.0
+
+
+@functools.cache
+def _console() -> Console:
+    """Return the console of this process; a log file is wide, and nothing is cut at 80 columns there."""
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 180)
+
+
+class Display:
+    """Shows the records of one run as they come."""
+
+    def __init__(self, title: str, total_steps: int, first_step: int):
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._started = self._shown = time.monotonic()
+        self._train: TrainRecord | None = None
+        self._eval: EvalRecord | None = None
+        self._progress: Progress | None = None
+        if _console().is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
+                       TimeRemainingColumn(), TextColumn("{task.fields[now]}"))  # fmt: skip
+            self._progress = Progress(*columns, console=_console())
+            self._progress.start()
+            self._task = self._progress.add_task(title, total=total_steps, completed=first_step, now="")
+
+    def note(self, text: str) -> None:
+        """Show a line of its own."""
+        _console().print(text, markup=False)
+
+    def show(self, record: Record) -> None:
+        """Take a record in; a terminal is redrawn, a log gets a line now and then."""
+        if isinstance(record, TrainRecord):
+            self._train = record
+        else:
+            self._eval = record
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record.step, now=self._line())
+        elif record.step == self._total_steps or time.monotonic() - self._shown > _LINE_EVERY_S:
+            if record.step < self._total_steps or isinstance(record, EvalRecord):
+                _console().print(f"step {record.step}/{self._total_steps}  {self._line()}  ETA {self._eta(record.step)}")
+                self._shown = time.monotonic()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _line(self) -> str:
+        parts = []
+        if self._train is not None:
+            train = self._train
+            speed = train.speed
+            parts += [f"epoch {train.epoch:.2f}", f"loss {train.loss:.3f}", f"lr {train.lr:.1e}"]
+            parts += [f"{speed.images_per_s:,.0f} img/s", f"data wait {100 * speed.data_wait_frac:.0f} %"]
+        if self._eval is not None:
+            ema = f" (EMA {self._eval.ema.top1:.2f})" if self._eval.ema is not None else ""
+            parts.append(f"top-1 {self._eval.raw.top1:.2f}{ema}")
+        return "  ".join(parts)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first_step
+        seconds = (time.monotonic() - self._started) / done * (self._total_steps - step) if done else 0
+        return str(timedelta(seconds=round(seconds)))
+
+
+def line(text: str) -> None:
+    """Print a line."""
+    _console().print(text, markup=False)
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a plan: a name and what it is, a row each."""
+    _console().print(title, markup=False)
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        _console().print(f"  {name:<{width}}  {text}", markup=False)
+
+
+def result(run: RunResult) -> None:
+    """Print the closing table of a run."""
+    rows = [("status", run.status + (f": {run.message}" if run.message else ""))]
+    if run.top1 is not None:
+        rows.append(("top-1 / top-5", f"{run.top1:.2f} / {run.top5:.2f} % of {run.num_val:,} images"))
+        rows.append(("best top-1", f"{run.best_top1:.2f} % in epoch {run.best_epoch}"))
+    if run.ema_top1 is not None:
+        rows.append(("EMA top-1 / top-5", f"{run.ema_top1:.2f} / {run.ema_top5:.2f} %"))
+    if run.images_per_s is not None:
+        rows.append(("speed", f"{run.images_per_s:,.0f} images/s, step {run.step_ms_p50:.1f} ms (p95 "
+                     f"{run.step_ms_p95:.1f}), data wait {100 * (run.data_wait_frac or 0):.0f} %"))  # fmt: skip
+        rows.append(("measured on", f"{run.device}, {run.ranks} rank(s); norm: {run.norm_impl}"))
+        rows.append(("peak memory", f"{run.peak_mem_gib:.2f} GiB"))
+    if run.train_seconds:
+        rows.append(("training time", str(timedelta(seconds=round(run.train_seconds)))))
+    pairs(f"{run.model} {run.norm} seed {run.seed}", rows)
+
+
+def accuracies(title: str, rows: Mapping[str, Accuracy]) -> None:
+    """Print exact accuracies, a row for each set of weights."""
+    table = Table("weights", "top-1 %", "top-5 %", "loss", "correct / images", title=title, title_justify="left")
+    for name, found in rows.items():
+        count = f"{found.top1_count:,} / {found.num:,}"
+        table.add_row(name, f"{found.top1:.3f}", f"{found.top5:.3f}", f"{found.loss:.4f}", count)
+    _console().print(table)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
+    """Print a table and the notes below it."""
+    drawn = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        drawn.add_row(*row)
+    _console().print(drawn)
+    for note in notes:
+        _console().print(note, markup=False)
