@@ -47,7 +47,9 @@ class Store:
             shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
         for part, values in tensors.items():
-            save_file({name: value.detach().contiguous() for name, value in values.items()}, partial / f"{part}.safetensors")
+            save_file(
+                {name: value.detach().contiguous() for name, value in values.items()}, partial / f"{part}.safetensors"
+            )
         (partial / "state.json").write_text(json.dumps(dict(state)))
         files = sorted(partial.iterdir())
         manifest = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}

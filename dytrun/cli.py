@@ -10,46 +10,16 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dytrun import __version__
 from dytrun.errors import UserError
+from dytrun.usage import COMMANDS, CONF, command_help, usage
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 
-_PACKAGE = Path(__file__).resolve().parent
-# Inside the package where it is installed, beside it in a checkout.
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-
-COMMANDS = {
-    "train": "train one run, or with -m a sweep",
-    "eval": "evaluate a run's checkpoint exactly: dytrun eval DIR",
-    "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
-}
-EXAMPLES = {
-    "train": (
-        "dytrun train experiment=quickstart",
-        "dytrun train model=vit_b norm=dyt data.root=/data/imagenet",
-        "dytrun train model=vit_b norm=dyt dry_run=true",
-        "dytrun train -m model=vit_b norm=ln,dyt seed=0,1,2 precision=bf16",
-        "dytrun train -m model=vit_b norm=dyt norm.alpha_init=0.1,0.3,0.5,0.8,1.2",
-    ),
-    "eval": (
-        "dytrun eval runs/NAME",
-        "dytrun eval runs/NAME checkpoint=best",
-        "dytrun eval runs/NAME data_root=/mnt/imagenet",
-        "dytrun eval runs/NAME devices=2",
-        "dytrun eval runs/NAME batch_per_rank=256 workers=8",
-    ),
-    "report": (
-        "dytrun report",
-        "dytrun report runs",
-        "dytrun report /shared/runs confidence=0.99",
-        "dytrun report baseline=dyt",
-        "dytrun report dir=runs --cfg job",
-    ),
-}
 # Flags with which Hydra shows something instead of running.
 _SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 _MULTIRUN = ("--multirun", "-m")
@@ -72,7 +42,7 @@ def _main(args: list[str]) -> int:
     if args[:1] in (["--shell-completion"], ["-sc"]):
         return _complete(args)
     if not args or args[0] in ("--help", "-h", "help"):
-        print(_usage())
+        print(usage())
         return DONE
     if args[0] in ("--version", "-V"):
         print(f"dytrun {__version__}")
@@ -81,9 +51,11 @@ def _main(args: list[str]) -> int:
     if verb not in COMMANDS:
         from dytrun.config import near
 
-        raise UserError(f"'{verb}' is no command{near(verb, list(COMMANDS)) or ';'} the commands are {', '.join(COMMANDS)}")
+        raise UserError(
+            f"'{verb}' is no command{near(verb, list(COMMANDS)) or ';'} the commands are {', '.join(COMMANDS)}"
+        )
     if "--help" in rest or "-h" in rest:
-        print(_help(verb, rest))
+        print(command_help(verb, _config_dir(rest)))
         return DONE
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         if verb == "train":
@@ -92,7 +64,7 @@ def _main(args: list[str]) -> int:
     return {"train": _train, "eval": _eval, "report": _report}[verb](rest)
 
 
-# ---------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------ commands
 
 
 def _train(args: list[str]) -> int:
@@ -175,7 +147,7 @@ def _no_task(cfg: Any) -> None:
     """Stand in for a command while Hydra only shows something."""
 
 
-# ---------------------------------------------------------------------------------------------------- Hydra
+# ------------------------------------------------------------------------------------------ Hydra
 
 
 def _hydra(verb: str, args: list[str], task: Callable[[Any], Any], is_sweep: bool = False) -> int:
@@ -253,7 +225,11 @@ def _expand(args: Sequence[str], verb: str = "train") -> Iterator[Any]:
             is_sweep = any(flag in _MULTIRUN for flag in flags) or str(first.hydra.mode).endswith("MULTIRUN")
             if not is_sweep:
                 _refuse_sweep(parse, overrides)
-            params = [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()] if is_sweep else []
+            params = (
+                [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()]
+                if is_sweep
+                else []
+            )
             for job in itertools.product(*_sweep(BasicSweeper, parse, overrides, params)):
                 yield _validated(verb, _composed(compose, verb, list(job)))
         except Exception as error:
@@ -330,25 +306,24 @@ def _raise_composition(error: Exception) -> None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [str(item) for item in error.options or []]
-        raise UserError(f"{group}={option}: no such option{near(option, options)}; there are {', '.join(options)}") from None
+        raise UserError(
+            f"{group}={option}: no such option{near(option, options)}; there are {', '.join(options)}"
+        ) from None
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
         raise UserError(f"{str(error).splitlines()[0].rstrip('.')}{cause}; see dytrun train --help") from None
     raise error
 
 
-class _raw_errors:  # noqa: N801  a context manager, used as a function
+@contextmanager
+def _raw_errors() -> Iterator[None]:
     """While it lasts Hydra raises instead of printing and leaving."""
-
-    def __enter__(self) -> None:
-        self._before = os.environ.get("HYDRA_FULL_ERROR")
-        os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = self._before
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
 
 
 def _config_dir(args: Sequence[str]) -> str | None:
@@ -372,37 +347,3 @@ def _complete(args: list[str]) -> int:
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
         return _hydra(verb, args, _no_task)
     return DONE
-
-
-# ---------------------------------------------------------------------------------------------------- help
-
-
-def _usage() -> str:
-    lines = ["dytrun: what happens to a vision model when its normalization layers become Dynamic Tanh", "",
-             "usage: dytrun COMMAND [DIR] key=value …", ""]  # fmt: skip
-    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
-    lines += ["", "dytrun COMMAND --help lists the command's keys. To start: dytrun train experiment=quickstart"]
-    return "\n".join(lines)
-
-
-def _help(verb: str, args: list[str]) -> str:
-    """Say a command's groups with their options, its keys with their values, and examples; read from conf/."""
-    folders = [CONF, *([Path(search)] if (search := _config_dir(args)) else [])]
-    lines = [f"dytrun {verb}: {COMMANDS[verb]}", "", "Examples:", *(f"  {text}" for text in EXAMPLES[verb])]
-    if verb == "train":
-        lines += ["", "Groups (group=option):"]
-        for folder in folders:
-            for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
-                lines.append(f"  {group.name}=")
-                lines += [f"    {path.stem:<14} {_summary(path)}" for path in sorted(group.glob("*.yaml"))]
-    lines += ["", "Keys (key=value, section.key=value):"]
-    body = (CONF / f"{verb}.yaml").read_text().partition("hydra_logging: none\n")[2].partition("\nhydra:")[0]
-    lines += [f"  {line}" if line else "" for line in body.strip().splitlines()]
-    lines += ["", "-m sweeps over comma-separated values; --cfg job prints the whole configuration; --config-dir DIR adds",
-              "groups of your own; dytrun -sc install=bash sets up completion."]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _summary(path: Path) -> str:
-    comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
-    return comments[0] if comments else ""

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -63,9 +63,7 @@ class DataConfig(BaseModel):
     """Which images, and how they are brought to the model's size."""
 
     model_config = _STRICT
-    name: Literal[
-        "imagenet", "folder", "imagenette", "cifar10", "cifar100", "fashion_mnist", "digits", "synthetic"
-    ]
+    name: Literal["imagenet", "folder", "imagenette", "cifar10", "cifar100", "fashion_mnist", "digits", "synthetic"]
     root: str | None
     download: bool
     train_split: Slug
@@ -182,7 +180,7 @@ class RunConfig(BaseModel):
     dry_run: bool
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _parts_fit(self) -> "RunConfig":
         problems = []
         if self.optim.warmup_epochs >= self.epochs:
             problems.append(
@@ -272,7 +270,7 @@ def validate(schema: type[Config], values: Mapping[str, Any]) -> Config:
         config = schema.model_validate(values)
     except ValidationError as error:
         known = list(_leaves(schema))
-        problems = [line for item in error.errors() for line in _problem(dict(item), known)]
+        problems = [line for item in _by_path(error) for line in _problem(item, known)]
         raise UserError(*targets, *problems) from None
     if targets:
         raise UserError(*targets)
@@ -321,13 +319,27 @@ def _leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _leaves(option, f"{prefix}{name}.")
 
 
+def _by_path(error: ValidationError) -> list[dict[str, Any]]:
+    """Return pydantic's findings with dotted paths; those on the members of one union are one finding."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in error.errors():
+        # pydantic puts the chosen member of a union into the path; a user never typed it.
+        loc = [str(part) for part in item["loc"]]
+        if loc[:1] == ["norm"] and len(loc) > 2:
+            del loc[1]
+        path = ".".join(
+            part for part in loc if not re.match(r"(literal|constrained|list|int|bool|float|tuple)\b", part)
+        )
+        if path in found and item["type"] != "value_error":
+            found[path]["msg"] += f", or {item['msg'][0].lower()}{item['msg'][1:]}"
+        else:
+            found[path or str(len(found))] = {**item, "path": path}
+    return list(found.values())
+
+
 def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
-    """One line for one finding of pydantic: path, value, what is allowed or nearly meant."""
-    # pydantic puts the chosen member of a union into the path; a user never typed it.
-    loc = [str(part) for part in error["loc"]]
-    if loc[:1] == ["norm"] and len(loc) > 2:
-        del loc[1]
-    path = ".".join(part for part in loc if not re.match(r"(literal|constrained|list|int|bool|float|tuple)\b", part))
+    """One line for one finding: path, value, what is allowed or nearly meant."""
+    path = error["path"]
     if re.fullmatch(r".*\b_\w+_", path):
         return  # named already, as an instantiation key
     if error["type"] == "extra_forbidden":

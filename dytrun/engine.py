@@ -205,9 +205,7 @@ def _smoothing(config: RunConfig, targets: Tensor) -> float:
     return 0.0 if targets.is_floating_point() else config.augment.smoothing
 
 
-def _train_record(
-    config: RunConfig, state: State, around: Surroundings, window: _Window, lr: float
-) -> TrainRecord:
+def _train_record(config: RunConfig, state: State, around: Surroundings, window: _Window, lr: float) -> TrainRecord:
     """Read the window from the device, in one go."""
     alphas = [state.model.get_parameter(f"{site}.alpha").detach() for site in around.sites]
     numbers = [window.bad_step, window.loss_sum / window.steps, window.grad_norm]
@@ -215,7 +213,8 @@ def _train_record(
     bad_step, loss, grad_norm = values[:3]
     if bad_step >= 0:
         raise Diverged(
-            f"loss or gradient not finite at step {int(bad_step)} (window's mean loss {loss:g}, gradient norm {grad_norm:g})"
+            f"loss or gradient not finite at step {int(bad_step)} (mean loss of its window {loss:g}, "
+            f"gradient norm {grad_norm:g})"
         )
     return TrainRecord(
         step=state.step,

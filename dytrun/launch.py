@@ -61,7 +61,7 @@ def train(config: RunConfig) -> RunResult:
         Failed: a rank died or raised; a result that says so is left in the run's directory.
         Stopped: by a signal.
     """
-    from dytrun import distributed, run
+    from dytrun import distributed, machine, run
 
     if distributed.joined():
         if distributed.first_here():
@@ -70,7 +70,7 @@ def train(config: RunConfig) -> RunResult:
         run.train_rank(str(config.run_dir))
         return RunResult.load(config.run_dir / "result.json")
     _write_config(config)
-    _, world = run.resolve_devices(config.machine.devices)
+    _, world = machine.resolve_devices(config.machine.devices)
     try:
         _start(run.train_rank, (str(config.run_dir),), world)
     except (Failed, Stopped) as error:
@@ -89,11 +89,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         Failed: a rank died or raised.
     """
     warm_up()
-    from dytrun import distributed, run
+    from dytrun import distributed, machine, run
 
     directory = Path(config.dir)
     run.load_config(directory)
-    _, world = run.resolve_devices(config.devices)
+    _, world = machine.resolve_devices(config.devices)
     args = (str(directory), config.model_dump_json())
     found = run.evaluate_rank(*args) if distributed.joined() else _start(run.evaluate_rank, args, world)
     if found is not None:

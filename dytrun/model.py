@@ -24,12 +24,13 @@ def build_model(model: ModelConfig, num_classes: int, image_size: int, device: s
     if model.drop_path is not None:
         kwargs["drop_path_rate"] = model.drop_path
     pretrained_cfg = get_pretrained_cfg(model.name)
+    if kwargs.get("img_size", image_size) != image_size:
+        raise UserError(
+            f"model.kwargs.img_size: {kwargs['img_size']} differs from data.image_size={image_size}; "
+            "set data.image_size alone"
+        )
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-        if kwargs.setdefault("img_size", image_size) != image_size:
-            raise UserError(
-                f"model.kwargs.img_size: {kwargs['img_size']} differs from data.image_size={image_size}; "
-                "set data.image_size alone"
-            )
+        kwargs["img_size"] = image_size
     try:
         with torch.device(device):
             module = timm.create_model(model.name, pretrained=False, num_classes=num_classes, **kwargs)
@@ -56,7 +57,9 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
         lists = [item for name, item in module.named_modules() if name.rpartition(".")[2] == "blocks"]
         blocks = [block for item in lists if isinstance(item, nn.Sequential | nn.ModuleList) for block in item]
         if not blocks:
-            raise UserError("machine.compile: this model has no blocks to compile one by one; say machine.compile=model")
+            raise UserError(
+                "machine.compile: this model has no blocks to compile one by one; say machine.compile=model"
+            )
         for block in blocks:
             block.compile(dynamic=False)
 

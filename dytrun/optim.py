@@ -28,7 +28,7 @@ class Plan:
 
 
 def plan_steps(config: RunConfig, num_train: int, world: int) -> Plan:
-    """Count the steps of a run; as in the reference, images that do not fill a last global batch wait for another epoch.
+    """Count the steps of a run; as in the reference, images that do not fill a last global batch are left out.
 
     Raises:
         UserError: the data has less than one batch, or the batch cannot be split evenly over ranks and micro-batches.

@@ -39,7 +39,9 @@ def write(
     path: Path, report: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], curves: list[Curve]
 ) -> None:
     """Write the page whole or not at all."""
-    verdicts = [f"{pair['model']} on {pair['data']}: {verdict}" for pair in report["pairs"] for verdict in pair["verdicts"]]
+    verdicts = [
+        f"{pair['model']} on {pair['data']}: {verdict}" for pair in report["pairs"] for verdict in pair["verdicts"]
+    ]
     parts = [
         "<h1>dytrun report</h1>",
         *(f"<p class=verdict>{html.escape(verdict)}</p>" for verdict in verdicts),
@@ -53,7 +55,9 @@ def write(
     page = (
         "<!doctype html>\n<html lang=en>\n<head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1"><title>dytrun report</title>'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
     )
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page)
@@ -75,7 +79,9 @@ def _charts(curves: list[Curve]) -> list[str]:
             figure = _figure([curve for curve in own if curve.metric == metric], title)
             charts.append(
                 f'<div class=chart role=img aria-label="{html.escape(title)} over epochs, one line a run">'
-                + figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+                + figure.to_html(
+                    full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+                )
                 + "</div>"
             )
     return charts

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -163,7 +163,7 @@ class RunResult:
         write_json(path, asdict(self))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "RunResult":
         """Read a result back; keys of other versions of dytrun are left out."""
         values = json.loads(path.read_text())
         names = {item.name for item in fields(cls)}

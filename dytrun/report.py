@@ -90,7 +90,9 @@ def build(directory: Path, baseline: str, confidence: float) -> Report:
     for pair_id, members in sorted(groups.items()):
         fingerprints = {run.result.data_fingerprint for run in members if run.result.data_fingerprint}
         if len(fingerprints) > 1:
-            refused.append(f"{pair_id}: its runs saw different images (data fingerprints {', '.join(sorted(fingerprints))})")
+            refused.append(
+                f"{pair_id}: its runs saw different images (data fingerprints {', '.join(sorted(fingerprints))})"
+            )
             continue
         pairs.append(_pair(pair_id, members, baseline, confidence))
         refused += _missing_twin(members, baseline, runs)

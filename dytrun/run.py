@@ -6,9 +6,7 @@ Ranks read config.json and nothing else; what they do not share is their place (
 """
 
 import json
-import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,17 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import augment, convert, norm, optim
+from dytrun import augment, convert, machine, norm, optim
 from dytrun.checkpoint import Store
 from dytrun.config import EvalConfig, RunConfig, validate
-from dytrun.data import INIT, Data, RankShare, ValBatches, load_data, train_batches
+from dytrun.data import INIT, RankShare, ValBatches, train_batches
 from dytrun.distributed import Place, barrier, session
 from dytrun.engine import Diverged, State, Surroundings, autocast, build_state, evaluate_state, fit, restore
 from dytrun.errors import UserError
 from dytrun.evaluate import evaluate
 from dytrun.model import build_model, compile_model
 from dytrun.records import Accuracy, EvalRecord, Record, RunResult
+from dytrun.sources import Data, load_data
 from dytrun.terminal import Display
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
@@ -39,19 +38,19 @@ def train_rank(run_dir: str) -> None:
     """Train the run of `run_dir` on this rank, from its last checkpoint if it has one; rank 0 writes the files."""
     directory = Path(run_dir)
     config = load_config(directory)
-    devices, _ = resolve_devices(config.machine.devices)
+    devices, _ = machine.resolve_devices(config.machine.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
-        prepare_torch(config, place)
+        machine.prepare_torch(config.machine, place.device)
         data = load_data(config.data)
         plan = optim.plan_steps(config, len(data.train.labels), place.world)
         model, sites = build_arm(config, data.num_classes)
-        model.to(place.device, memory_format=_memory_format(config, place))
+        model = _placed(model, config, place)
         state = build_state(model, config, place.device)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
         _resume(state, store, place)
         compile_model(model, config.machine.compile)
         clock = Clock(place.device, config.global_batch)
-        workers = worker_count(config.machine.workers)
+        workers = machine.worker_count(config.machine.workers, place.device)
         share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
                           state.step, plan.total_steps)  # fmt: skip
         val = ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers)
@@ -91,18 +90,20 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     config = load_config(directory)
     if chosen.data_root is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": chosen.data_root})})
-    devices, _ = resolve_devices(chosen.devices)
+    devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
-        prepare_torch(config, place)
+        machine.prepare_torch(config.machine, place.device)
         data = load_data(config.data)
         saved = Store(directory / "checkpoints", config.checkpoint.keep).load(
             "BEST" if chosen.checkpoint == "best" else "LATEST"
         )
         if saved is None:
             raise UserError(f"{directory}: no {chosen.checkpoint} checkpoint to evaluate; train the run first")
-        val = ValBatches(config.data, data.val, chosen.batch_per_rank, worker_count(chosen.workers))
+        val = ValBatches(
+            config.data, data.val, chosen.batch_per_rank, machine.worker_count(chosen.workers, place.device)
+        )
         model, _ = build_arm(config, data.num_classes)
-        model.to(place.device, memory_format=_memory_format(config, place))
+        model = _placed(model, config, place)
         found: dict[str, Accuracy] = {}
         for part, label in (("model", "raw"), ("ema", "ema")):
             if part in saved.tensors:
@@ -118,7 +119,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
     Raises:
         UserError: whatever would stop the run before its first step.
     """
-    _, world = resolve_devices(config.machine.devices)
+    _, world = machine.resolve_devices(config.machine.devices)
     nominal = config.dry_run and config.data.name == "imagenet" and not config.data.root
     if nominal:
         num_train, num_classes = config.data.num_train or 0, config.data.num_classes or 0
@@ -143,7 +144,8 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
          f"{'dyt' if config.norm.name == 'ln' else 'ln'} has {num_params + num_twin:,} parameters"),
         ("data", f"{config.data.name}: {images}"),
         ("steps", f"{plan.total_steps:,} = {config.epochs} epochs × {plan.steps_per_epoch}"),
-        ("batch", f"{config.global_batch} = {world} rank(s) × {plan.accumulation} micro-batch(es) × {plan.batch_per_rank}"),
+        ("batch", f"{config.global_batch} = {world} rank(s) × {plan.accumulation} micro-batch(es) × "
+         f"{plan.batch_per_rank}"),
         ("schedule", f"AdamW, lr 0 → {optimizer.lr:g} in {plan.warmup_steps:,} steps, cosine → {optimizer.min_lr:g}, "
          f"weight decay {optimizer.weight_decay:g}, betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}"),
         *_advice(config),
@@ -171,48 +173,15 @@ def load_config(run_dir: Path) -> RunConfig:
         raise UserError(f"{run_dir}: no run there (config.json: {error}); give the directory of a run") from None
 
 
-def resolve_devices(setting: str | int | list[int]) -> tuple[list[int] | None, int]:
-    """Return (CUDA device numbers by local rank, None on the CPU; number of ranks).
-
-    Raises:
-        UserError: more devices are asked for than there are.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "0"))
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if here == 0:
-        if isinstance(setting, list):
-            raise UserError(f"machine.devices: {setting} names GPUs, but there is none here; say auto, or a number of ranks")
-        return None, world or (1 if setting == "auto" else int(setting))
-    numbers = list(range(here)) if setting == "auto" else list(range(setting)) if isinstance(setting, int) else setting
-    if any(number >= here for number in numbers):  # pyright: ignore[reportOperatorIssue]
-        raise UserError(f"machine.devices: {setting} is more than the {here} GPU(s) here; lower it or say auto")
-    return numbers, world or len(numbers)  # pyright: ignore[reportReturnType]
-
-
-def prepare_torch(config: RunConfig, place: Place) -> None:
-    """Set what torch keeps for a process: precision of float32 products, threads, determinism."""
-    # The reference trains its float32 in TF32 (main.py); on the CPU this changes nothing.
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = not config.machine.deterministic
-    torch.use_deterministic_algorithms(config.machine.deterministic)
-    if place.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // _local_world()))
-
-
-def worker_count(setting: str | int) -> int:
-    """Return the number of loader processes for this rank."""
-    return int(setting) if setting != "auto" else max(1, min(16, _cores() // _local_world()))
-
-
 def facts(config: RunConfig, place: Place, data: Data, model: nn.Module, num_sites: int) -> dict[str, Any]:
     """Return the fields of a result that are known before the first step."""
     compiled = {"off": "eager", "blocks": "compiled block by block", "model": "compiled whole"}[config.machine.compile]
-    commit, dirty = _commit()
+    commit, dirty = machine.commit()
     return identity(config) | {
         "num_params": _num_params(model),
         "num_norm_sites": num_sites,
         "norm_impl": f"{'F.layer_norm' if config.norm.name == 'ln' else norm.FORMULA}, {compiled}",
-        "device": _device_name(place.device),
+        "device": machine.device_name(place.device),
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,
         "versions": {
@@ -297,11 +266,12 @@ def _save_correct(path: Path, last: EvalRecord) -> None:
     partial.replace(path)
 
 
-def _memory_format(config: RunConfig, place: Place) -> torch.memory_format:
+def _placed(model: nn.Module, config: RunConfig, place: Place) -> nn.Module:
     chosen = config.machine.channels_last
     if chosen == "auto":
         chosen = place.device.type == "cuda" and "convnext" in config.model.name
-    return torch.channels_last if chosen else torch.contiguous_format
+    model = model.to(place.device)
+    return model.to(memory_format=torch.channels_last) if chosen else model  # pyright: ignore[reportCallIssue]
 
 
 def _advice(config: RunConfig) -> list[tuple[str, str]]:
@@ -311,8 +281,8 @@ def _advice(config: RunConfig) -> list[tuple[str, str]]:
         rows.append(("lr rule", f"optim.lr is absolute and does not scale by itself; the paper's {optim.PAPER_LR:g} at "
                      f"{optim.PAPER_BATCH} scaled linearly to {config.global_batch} is {scaled:.3g}"))  # fmt: skip
     if config.precision == "fp32":
-        rows.append(("precision", "fp32 with TF32 products on CUDA, as the paper's ImageNet runs; precision=bf16 is the "
-                     "faster choice on a GPU"))  # fmt: skip
+        rows.append(("precision", "fp32 with TF32 products on CUDA, as the paper's ImageNet runs; precision=bf16 is "
+                     "the faster choice on a GPU"))  # fmt: skip
     else:
         rows.append(("precision", f"{config.precision} autocast, float32 weights"))
     return rows
@@ -320,37 +290,3 @@ def _advice(config: RunConfig) -> list[tuple[str, str]]:
 
 def _num_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _local_world() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
-        model = names[0].partition(": ")[2] if names else model
-    return f"CPU {model}, {torch.get_num_threads()} thread(s)"
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Return (commit, dirty) of dytrun's own checkout; nothing for an installed package."""
-    root = Path(dytrun.__file__).parents[1]
-    if not (root / "pyproject.toml").is_file():
-        return None, None
-    try:
-        head, status = (
-            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10).stdout
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return head.strip(), bool(status.strip())
-

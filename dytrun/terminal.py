@@ -52,10 +52,11 @@ class Display:
             self._eval = record
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, now=self._line())
-        elif record.step == self._total_steps or time.monotonic() - self._shown > _LINE_EVERY_S:
-            if record.step < self._total_steps or isinstance(record, EvalRecord):
-                _console().print(f"step {record.step}/{self._total_steps}  {self._line()}  ETA {self._eta(record.step)}")
-                self._shown = time.monotonic()
+            return
+        is_last = record.step == self._total_steps and isinstance(record, EvalRecord)
+        if is_last or time.monotonic() - self._shown > _LINE_EVERY_S:
+            _console().print(f"step {record.step}/{self._total_steps}  {self._line()}  ETA {self._eta(record.step)}")
+            self._shown = time.monotonic()
 
     def close(self) -> None:
         """Give the terminal back."""

@@ -1,0 +1,68 @@
+"""What --help says, read from conf/ so that it cannot drift from it; answers without importing anything."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# Inside the package where it is installed, beside it in a checkout.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+COMMANDS = {
+    "train": "train one run, or with -m a sweep",
+    "eval": "evaluate a run's checkpoint exactly: dytrun eval DIR",
+    "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
+}
+EXAMPLES = {
+    "train": (
+        "dytrun train experiment=quickstart",
+        "dytrun train model=vit_b norm=dyt data.root=/data/imagenet",
+        "dytrun train model=vit_b norm=dyt dry_run=true",
+        "dytrun train -m model=vit_b norm=ln,dyt seed=0,1,2 precision=bf16",
+        "dytrun train -m model=vit_b norm=dyt norm.alpha_init=0.1,0.3,0.5,0.8,1.2",
+    ),
+    "eval": (
+        "dytrun eval runs/NAME",
+        "dytrun eval runs/NAME checkpoint=best",
+        "dytrun eval runs/NAME data_root=/mnt/imagenet",
+        "dytrun eval runs/NAME devices=2",
+        "dytrun eval runs/NAME batch_per_rank=256 workers=8",
+    ),
+    "report": (
+        "dytrun report",
+        "dytrun report runs",
+        "dytrun report /shared/runs confidence=0.99",
+        "dytrun report baseline=dyt",
+        "dytrun report dir=runs --cfg job",
+    ),
+}
+
+
+def usage() -> str:
+    """Say which commands there are."""
+    lines = ["dytrun: what happens to a vision model when its normalization layers become Dynamic Tanh", "",
+             "usage: dytrun COMMAND [DIR] key=value …", ""]  # fmt: skip
+    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines += ["", "dytrun COMMAND --help lists the command's keys. To start: dytrun train experiment=quickstart"]
+    return "\n".join(lines)
+
+
+def command_help(verb: str, config_dir: str | None) -> str:
+    """Say a command's groups with their options, its keys with their values, and examples; read from conf/."""
+    folders = [CONF, *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
+    lines = [f"dytrun {verb}: {COMMANDS[verb]}", "", "Examples:", *(f"  {text}" for text in EXAMPLES[verb])]
+    if verb == "train":
+        lines += ["", "Groups (group=option):"]
+        for folder in folders:
+            for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
+                lines.append(f"  {group.name}=")
+                lines += [f"    {path.stem:<14} {_summary(path)}" for path in sorted(group.glob("*.yaml"))]
+    lines += ["", "Keys (key=value, section.key=value):"]
+    body = (CONF / f"{verb}.yaml").read_text().partition("hydra_logging: none\n")[2].partition("\nhydra:")[0]
+    lines += [f"  {line}" if line else "" for line in body.strip().splitlines()]
+    lines += ["", "-m sweeps over comma-separated values; --cfg job prints the whole configuration; --config-dir DIR",
+              "adds groups of your own; dytrun -sc install=bash sets up completion."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _summary(path: Path) -> str:
+    comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+    return comments[0] if comments else ""

@@ -1,0 +1,82 @@
+"""Shared pieces of the tests: configurations composed by the real command line, real processes, real image files."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dytrun.cli import _expand
+from dytrun.config import RunConfig
+
+# A ViT that trains on digits in seconds; every test that runs one starts from it.
+TINY = (
+    "model=timm",
+    "model.name=vit_tiny_patch16_224",
+    "model.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, global_pool: avg}",
+    "data=digits",
+    "augment=none",
+    "ema=off",
+    "epochs=1",
+    "global_batch=32",
+    "optim.lr=1e-3",
+    "optim.warmup_epochs=0",
+    "machine.workers=0",
+    "tracking.mode=off",
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Each test in a directory of its own, on one thread, without the user's W&B and data."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "IMAGENET_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+def config_of(*overrides: str) -> RunConfig:
+    """Return what the command line makes of `overrides`."""
+    return next(_expand(overrides))
+
+
+def tiny(*overrides: str) -> RunConfig:
+    """Return the tiny run with some keys changed."""
+    return config_of(*TINY, *overrides)
+
+
+def dytrun(*args: str, env: dict[str, str] | None = None, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a real process."""
+    return subprocess.run(
+        [sys.executable, "-m", "dytrun", *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | (env or {}),
+        check=False,
+    )
+
+
+@pytest.fixture
+def image_tree(tmp_path) -> Callable[..., Path]:
+    """Make a class-per-folder tree of small real JPEGs: `image_tree(train={"cat": 3}, val={"cat": 1})`."""
+
+    def make(**splits: dict[str, int]) -> Path:
+        root = tmp_path / "tree"
+        rng = np.random.default_rng(0)
+        for split, classes in splits.items():
+            for name, count in classes.items():
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.jpg")
+        return root
+
+    return make

@@ -1,0 +1,174 @@
+"""The law of the house, read from the source with ast: who may import whom, how long a file and a function may be."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dytrun.config import RunConfig, _leaves
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dytrun"
+FILES = sorted(PACKAGE.glob("*.py"))
+
+# What each file may import of ours. A file that is not here may not exist.
+MAY_IMPORT = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "cli": {"config", "errors", "usage", "launch", "report", "terminal"},
+    "usage": set(),
+    "config": {"errors"},
+    "records": set(),
+    "launch": {"config", "records", "run", "distributed", "machine", "errors"},
+    "run": {
+        "augment", "checkpoint", "config", "convert", "data", "distributed", "engine", "errors", "evaluate", "machine",
+        "model", "norm", "optim", "records", "sources", "terminal", "throughput", "tracking",
+    },
+    "engine": {"config", "records", "optim", "evaluate", "throughput", "checkpoint", "distributed", "errors"},
+    "evaluate": {"records", "distributed"},
+    "data": {"config", "augment", "sources", "errors"},
+    "sources": {"config", "errors"},
+    "augment": {"config"},
+    "model": {"config", "errors"},
+    "machine": {"config", "errors"},
+    "norm": set(),
+    "convert": {"norm", "errors"},
+    "optim": {"config", "errors"},
+    "throughput": set(),
+    "checkpoint": {"errors"},
+    "distributed": set(),
+    "terminal": {"records"},
+    "tracking": {"config", "records", "errors"},
+    "stats": set(),
+    "report": {"records", "stats", "errors", "page"},
+    "page": {"records"},
+    "errors": set(),
+}  # fmt: skip
+ONLY_IN = {"hydra": {"cli"}, "omegaconf": {"cli"}, "wandb": {"tracking"}}
+WITHOUT_TORCH = {"cli", "usage", "config", "records", "report", "page", "stats", "errors", "terminal"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 6
+
+
+def imports(tree: ast.Module, everywhere: bool = True) -> set[str]:
+    """Return the modules that a file imports, dytrun's own as `dytrun.x`; or only those at its top."""
+    found: set[str] = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "dytrun":
+            names = {alias.name for alias in node.names}
+            found |= {f"dytrun.{name}" if f"{name}.py" in {file.name for file in FILES} else "dytrun" for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(str(node.module))
+    return found
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_imports_only_what_its_room_allows(file):
+    ours = {name.split(".")[1] for name in imports(ast.parse(file.read_text())) if name.startswith("dytrun.")}
+    assert file.stem in MAY_IMPORT, f"{file.name} has no room in the house"
+    assert ours <= MAY_IMPORT[file.stem], f"{file.name} may not import {sorted(ours - MAY_IMPORT[file.stem])}"
+
+
+def test_every_room_of_the_law_exists():
+    assert {file.stem for file in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_stays_in_its_files(library):
+    users = {
+        file.stem
+        for file in FILES
+        if any(name.split(".")[0] == library for name in imports(ast.parse(file.read_text())))
+    }
+    assert users == ONLY_IN[library]
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_light_files_do_not_import_torch(name):
+    heavy = {"torch", "torchvision", "timm"}
+    assert not {found.split(".")[0] for found in imports(ast.parse((PACKAGE / f"{name}.py").read_text()))} & heavy
+
+
+def test_the_command_line_imports_nothing_heavy_at_its_top():
+    top = imports(ast.parse((PACKAGE / "cli.py").read_text()), everywhere=False)
+    assert {name for name in top if name.startswith("dytrun.")} == {"dytrun.errors", "dytrun.usage"}
+    assert not {name.split(".")[0] for name in top} & {"hydra", "omegaconf", "pydantic", "torch", "rich"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_files_and_functions_stay_small(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for function in functions(ast.parse(text)):
+        lines = function.end_lineno - function.lineno + 1
+        arguments = function.args
+        count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+        count -= bool(arguments.args) and arguments.args[0].arg in ("self", "cls")
+        assert lines <= MAX_FUNCTION_LINES, f"{function.name} has {lines} lines"
+        assert count <= MAX_PARAMETERS, f"{function.name} takes {count} parameters"
+
+
+def test_no_cupboards_and_no_inheritance_between_our_classes():
+    assert not {"utils", "common", "helpers", "registry", "misc"} & {file.stem for file in FILES}
+    trees = [ast.parse(file.read_text()) for file in FILES]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    ours = {node.name for node in classes}
+    for node in classes:
+        bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+        assert not bases & ours, f"{node.name} inherits from {bases & ours}"
+        assert not re.search(r"(Manager|Handler|Helper|Utils|Base|Trainer)$", node.name)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "cli"], ids=lambda file: file.stem)
+def test_only_the_command_line_prints(file):
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_every_key_of_the_configuration_is_read_somewhere():
+    source = "\n".join(file.read_text() for file in FILES if file.stem != "config")
+    source += (PACKAGE / "config.py").read_text().partition("def _parts_fit")[2]
+    dead = [path for path in _leaves(RunConfig) if not re.search(rf"[.\"']{path.rpartition('.')[2]}\b", source)]
+    assert not dead
+
+
+def test_the_configuration_types_hold_no_values():
+    tree = ast.parse((PACKAGE / "config.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "BaseModel" for base in node.bases):
+            valued = [
+                item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and item.value is not None
+            ]
+            assert not valued, f"{node.name} has values for {valued}; they belong in conf/"
+
+
+def test_conf_holds_values_and_no_logic():
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        text = path.read_text()
+        assert "_target_" not in text
+        assert yaml.safe_load(text) is not None, path
+
+
+def test_the_top_level_holds_nothing_else():
+    allowed = {
+        "pyproject.toml", "README.md", "constraints.txt", "LICENSE", "conf", "dytrun", "tests", "runs", ".ci",
+        ".gitignore", ".git",
+    }  # fmt: skip
+    tracked = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") or path.name in allowed}
+    made = {"build", "dist", "data"} | {path.name for path in ROOT.glob("*.egg-info")}
+    assert tracked - made <= allowed
+
+
+def test_versions_agree():
+    import dytrun
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == dytrun.__version__
