@@ -74,7 +74,8 @@ class Tracker:
         except Exception as error:  # wandb raises CommError, UsageError, and what its service process died of
             if config.tracking.mode == "online":
                 raise UserError(f"tracking.mode: W&B cannot be reached ({error}); say tracking.mode=auto") from error
-            wandb.teardown()
+            # W&B's service still holds the id of the try that failed, and gives it to nobody else.
+            run_id = _run_id(run_dir, is_new=True)
             mode, why = "offline", f"W&B did not answer ({str(error).splitlines()[0]})"
             run = _init(wandb, config, run_dir, run_id, mode)
         if mode == "offline":
@@ -149,10 +150,10 @@ def _init(wandb: ModuleType, config: RunConfig, run_dir: Path, run_id: str, mode
     )
 
 
-def _run_id(run_dir: Path) -> str:
+def _run_id(run_dir: Path, is_new: bool = False) -> str:
     """Return the run's W&B id, made at its first start, so that a resumed run goes on in the same W&B run."""
     path = run_dir / "wandb" / "run_id"
-    if not path.is_file():
+    if is_new or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()

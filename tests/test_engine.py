@@ -1,0 +1,228 @@
+"""One optimizer step and many: accumulation, clipping, precision, EMA, divergence, resuming. On the CPU, one process."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+
+from dytrun import engine, optim
+from dytrun.checkpoint import Store
+from dytrun.data import RankShare, ValBatches, train_batches
+from dytrun.distributed import Place
+from dytrun.engine import Diverged, Surroundings, build_state, fit, restore
+from dytrun.records import EvalRecord, TrainRecord
+from dytrun.run import build_arm
+from dytrun.sources import load_data
+from dytrun.throughput import Clock
+
+PLACE = Place(0, 1, torch.device("cpu"))
+
+
+class Bench:
+    """A run without files around it: configuration, state and surroundings."""
+
+    def __init__(self, directory, *overrides: str):
+        self.config = tiny(*overrides)
+        data = load_data(self.config.data)
+        self.plan = optim.plan_steps(self.config, len(data.train.labels), 1)
+        model, sites = build_arm(self.config, 10)
+        self.state = build_state(model, self.config, PLACE.device)
+        self.store = Store(directory, self.config.checkpoint.keep)
+        self.data = data
+        self.sites = [site.name for site in sites] if self.config.norm.name == "dyt" else []
+
+    def around(self, train=None) -> Surroundings:
+        plan = self.plan
+        share = RankShare(0, 1, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, self.state.step,
+                          plan.total_steps)  # fmt: skip
+        val = ValBatches(self.config.data, self.data.val, 96, 0)
+        return Surroundings(
+            plan=plan,
+            place=PLACE,
+            clock=Clock(PLACE.device, self.config.global_batch),
+            train=train or train_batches(self.config, self.data, share, PLACE.device, 0),
+            val=lambda: val(0, 1, PLACE.device),
+            num_val=360,
+            store=self.store,
+            sites=self.sites,
+        )
+
+    def records(self, steps: int | None = None):
+        found = fit(self.config, self.state, self.around())
+        return list(found if steps is None else itertools.islice(found, steps))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_records_come_at_windows_and_ends_of_epochs(tmp_path):
+    bench = Bench(tmp_path, "norm=dyt", "epochs=2", "tracking.log_every_steps=20")
+    found = bench.records()
+    kinds = [(type(record).__name__, record.step) for record in found]
+    assert kinds == [
+        ("TrainRecord", 20), ("TrainRecord", 40), ("TrainRecord", 44), ("EvalRecord", 44),
+        ("TrainRecord", 60), ("TrainRecord", 80), ("TrainRecord", 88), ("EvalRecord", 88),
+    ]  # fmt: skip
+    train = [record for record in found if isinstance(record, TrainRecord)]
+    assert train[0].samples_seen == 640
+    assert train[-1].epoch == 2.0
+    assert len(train[0].alpha) == 5
+    assert train[-1].loss < train[0].loss
+    assert train[-1].speed.images_per_s > 0
+    assert isinstance(found[-1], EvalRecord)
+    assert found[-1].raw.num == 360
+
+
+@pytest.mark.parametrize("norm", ["ln", "dyt"])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, norm):
+    """With float64 weights and gradients; only the loss itself is taken in float32, as always."""
+    after = []
+    for limit in ("null", "4"):
+        bench = Bench(tmp_path, f"norm={norm}", f"machine.max_batch_per_rank={limit}", "augment.smoothing=0.1")
+        bench.state.model.double()
+        bench.state.optimizer = optim.build_optimizer(bench.state.model, bench.config.optim)
+        around = bench.around()
+        around.train.close()
+        share = RankShare(0, 1, bench.plan.batch_per_rank, bench.plan.accumulation, 44, 0, 3)
+        micros = ((images.double(), targets, indices) for images, targets, indices in
+                  train_batches(bench.config, bench.data, share, PLACE.device, 0))  # fmt: skip
+        around = bench.around(micros)
+        window = engine._Window(PLACE.device)
+        for _ in range(3):
+            engine.train_step(bench.state.model, bench.state, bench.config, around, window)
+        after.append(weights(bench.state.model))
+    assert bench.plan.accumulation == 8
+    for name, value in after[0].items():
+        torch.testing.assert_close(value, after[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_three_steps_equal_a_plain_loop(tmp_path):
+    """The recipe in ten lines of eager torch, foreach AdamW, no augmentation: the same losses."""
+    bench = Bench(tmp_path, "norm=dyt", "optim.weight_decay=0.05", "augment.smoothing=0.1")
+    model = copy.deepcopy(bench.state.model)
+    plain = torch.optim.AdamW(optim.param_groups(model, bench.config.optim), lr=1e-3, fused=False, foreach=False)
+    expected = []
+    batches = list(itertools.islice(bench.around().train, 3))
+    for step, (images, labels, _) in enumerate(batches):
+        optim.set_lr(plain, optim.lr_at(step, bench.config.optim, bench.plan))
+        loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+        expected.append(loss.item())
+    bench = Bench(tmp_path, "norm=dyt", "augment.smoothing=0.1", "tracking.log_every_steps=1")
+    found = [record.loss for record in bench.records(3)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_clipping_clips_in_every_precision(tmp_path, precision):
+    bench = Bench(tmp_path, "norm=ln", "optim.clip_grad=0.01", f"precision={precision}")
+    engine.train_step(bench.state.model, bench.state, bench.config, bench.around(), window := _window())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in bench.state.model.parameters() if p.grad is not None])
+    assert window.grad_norm > 0.1
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def _window() -> engine._Window:
+    return engine._Window(PLACE.device)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns_and_keeps_float32_weights(tmp_path, precision):
+    bench = Bench(tmp_path, "norm=dyt", f"precision={precision}", "epochs=3", "optim.lr=3e-3")
+    found = [record for record in bench.records() if isinstance(record, TrainRecord)]
+    assert found[-1].loss < found[0].loss - 0.1
+    assert {p.dtype for p in bench.state.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("poison", ["image", "gradient"])
+def test_a_value_that_is_not_finite_never_reaches_the_weights(tmp_path, poison):
+    bench = Bench(tmp_path, "norm=dyt", "tracking.log_every_steps=4")
+    clean = list(itertools.islice(bench.around().train, 8))
+    before: list[dict] = []
+
+    def micros():
+        for number, (images, labels, indices) in enumerate(clean):
+            if number == 5:
+                before.append(weights(bench.state.model))
+                if poison == "image":
+                    images[0, 0, 0, 0] = float("nan")
+                else:
+                    hook = bench.state.model.head.weight.register_hook(lambda grad: grad * float("inf"))
+            if number == 6 and poison == "gradient":
+                hook.remove()
+            yield images, labels, indices
+
+    with pytest.raises(Diverged, match="not finite at step 5"):
+        list(fit(bench.config, bench.state, bench.around(micros())))
+    # Steps 6 and 7 had good values again, but a run that has failed once stays where it was.
+    assert equal(weights(bench.state.model), before[0])
+
+
+def test_fp16_skips_an_overflow_and_goes_on(tmp_path):
+    bench = Bench(tmp_path, "norm=ln", "precision=fp16", "tracking.log_every_steps=4")
+    bench.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    start = bench.state.scaler.get_scale()
+    assert len(bench.records(3)) == 3
+    assert bench.state.scaler.get_scale() < start
+
+
+def test_ema_is_its_formula(tmp_path):
+    bench = Bench(tmp_path, "norm=dyt", "ema=on", "ema.decay=0.9")
+    expected, around = weights(bench.state.model), bench.around()
+    for _ in range(3):
+        engine.train_step(bench.state.model, bench.state, bench.config, around, _window())
+        for name, value in bench.state.model.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value
+    for name, value in bench.state.ema.module.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("stop", [44, 60])
+def test_resume_equals_never_stopping(tmp_path, stop):
+    """At the end of an epoch, where checkpoints are taken, and from the middle of one."""
+    overrides = ("norm=dyt", "ema=on", "epochs=3", "augment=light", "augment.mixup=0.8", "model.drop_path=0.1")
+    whole = Bench(tmp_path / "whole", *overrides)
+    last = whole.records()[-1]
+    first = Bench(tmp_path / "parts", *overrides, "tracking.log_every_steps=1")
+    for record in fit(first.config, first.state, first.around()):
+        if record.step == stop and (isinstance(record, EvalRecord) or stop % 44):
+            break
+    engine._save(first.config, first.state, first.around(), is_best=True)
+    again = Bench(tmp_path / "parts", *overrides)
+    restore(again.state, again.store.load())
+    assert again.state.step == stop
+    resumed = again.records()[-1]
+    assert equal(weights(again.state.model), weights(whole.state.model))
+    assert equal(weights(again.state.ema.module), weights(whole.state.ema.module))
+    assert resumed.metrics() == last.metrics()
+    moments, others = again.state.optimizer.state_dict()["state"], whole.state.optimizer.state_dict()["state"]
+    assert all(equal(moments[index], others[index]) for index in others)
+
+
+def test_the_best_epoch_is_remembered_across_a_stop(tmp_path):
+    bench = Bench(tmp_path, "norm=dyt")
+    bench.state.best = engine.Best(99.5, 7)
+    bench.state.step = 44
+    engine._save(bench.config, bench.state, bench.around(), is_best=False)
+    again = Bench(tmp_path, "norm=dyt")
+    restore(again.state, again.store.load())
+    assert again.state.best == engine.Best(99.5, 7)
+
+
+def test_a_checkpoint_of_the_other_arm_is_refused(tmp_path):
+    bench = Bench(tmp_path, "norm=ln")
+    bench.state.step = 44
+    engine._save(bench.config, bench.state, bench.around(), is_best=False)
+    other = Bench(tmp_path, "norm=dyt")
+    with pytest.raises(RuntimeError, match=r"Missing key.*alpha"):
+        restore(other.state, other.store.load())
