@@ -210,7 +210,7 @@ def _expand(args: Sequence[str], verb: str = "train") -> Iterator[Any]:
 
     flags = [arg for arg in args if arg.startswith("-")]
     search = _config_dir(args)
-    overrides = [arg for arg in args if arg not in flags and arg != search]
+    overrides = [_addable(arg) for arg in args if arg not in flags and arg != search]
     for flag in flags:
         if flag not in _MULTIRUN and not re.match(r"(--config-dir|-cd)\b", flag):
             raise UserError(f"{flag}: no such option; see dytrun {verb} --help")
@@ -293,7 +293,7 @@ def _validated(verb: str, cfg: Any) -> Any:
 
 def _addable(arg: str) -> str:
     """The model's own arguments are free, so a new one needs no `+`."""
-    return f"++{arg}" if arg.startswith("model.kwargs.") else arg
+    return f"++{arg}" if re.match(r"model\.kwargs[.=]", arg) else arg
 
 
 def _raise_composition(error: Exception) -> None:

@@ -4,6 +4,7 @@ The host runs ahead of the device: nothing is read from it between two windows o
 or gradient that is not finite still never reaches the weights, because the device itself skips that optimizer step.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +21,13 @@ from dytrun.distributed import Place, all_sum
 from dytrun.evaluate import evaluate
 from dytrun.records import Accuracy, EvalRecord, Record, Speed, TrainRecord
 from dytrun.throughput import Clock
+
+# torch 2.14 has renamed DDP's argument, and 2.11 knows only the old name.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 # (images, targets, indices), as data.Batch
 Micro = tuple[Tensor, Tensor, Tensor]
@@ -135,7 +143,7 @@ def distribute(model: nn.Module, place: Place) -> nn.Module:
     if place.world == 1:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})
 
 
 def restore(state: State, checkpoint: Checkpoint) -> None:

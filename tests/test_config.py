@@ -167,7 +167,5 @@ def test_a_users_own_groups_are_found(tmp_path):
 
 
 def test_free_arguments_of_a_model_need_no_plus():
-    from dytrun.cli import _addable
-
-    config = config_of(*(_addable(arg) for arg in (*TINY, "model.kwargs.qkv_bias=false")))
+    config = config_of(*TINY, "model.kwargs.qkv_bias=false")
     assert config.model.kwargs["qkv_bias"] is False

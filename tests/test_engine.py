@@ -1,4 +1,4 @@
-"""One optimizer step and many: accumulation, clipping, precision, EMA, divergence, resuming. On the CPU, one process."""
+"""One optimizer step and many: accumulation, clipping, precision, EMA, divergence, resuming; one process on the CPU."""
 
 import copy
 import itertools

@@ -139,5 +139,3 @@ def test_no_key_is_written_anywhere(tmp_path, monkeypatch):
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert files
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
-
-

@@ -1,0 +1,134 @@
+"""The command line: help, plans, exit codes and the lines that go with them. In this process, but for the clock."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY
+
+from dytrun import cli
+from dytrun.usage import COMMANDS, EXAMPLES
+
+
+def run(monkeypatch, capsys, *args: str) -> tuple[int, str, list[str]]:
+    monkeypatch.setattr(sys, "argv", ["dytrun", *args])
+    try:
+        code = cli.main()
+    except SystemExit as left:
+        code = left.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.strip().splitlines()
+
+
+@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_answers_in_under_a_second(args):
+    took = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "dytrun", *args], capture_output=True, text=True, check=True)
+        took.append(time.perf_counter() - begun)
+    assert min(took) < 1
+    if len(args) > 1:
+        assert all(example in done.stdout for example in EXAMPLES[args[0]])
+        assert len(EXAMPLES[args[0]]) == 5
+
+
+def test_help_lists_every_group_and_key(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "train", "--help")
+    for text in ("convnext_b", "fashion_mnist", "quickstart", "global_batch", "max_batch_per_rank", "Mixing partners"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["trian"], "'trian' is no command; did you mean 'train'?"),
+        (["train", "norm=dyt", "model=timm", "model.name=resnet18", "dry_run=true"], "no LayerNorm to convert"),
+        (["train", "norm=dyt", "model=timm", "model.name=resnet18", "data=digits", "global_batch=8"], "no LayerNorm"),
+        (["train", "model=timm", "model.name=vit_bas_patch16_224", "dry_run=true"], "mean 'vit_base_patch16_224'?"),
+        (["train", "model=vit_b", "norm=dyt"], "IMAGENET_DIR"),
+        (["train", "data.root=/nowhere"], "/nowhere is no folder"),
+        (["train", "data=digits"], "global_batch: 4096 is more than the 1437 training images"),
+        (["train", "data=digits", "global_batch=32"], "is no multiple of the patch size 16"),
+        (["train", *TINY, "model.kwargs.bogus=1"], "cannot build vit_tiny_patch16_224"),
+        (["train", *TINY, "machine.devices=[0,1]"], "machine.devices: [0, 1] names GPUs"),
+        (["train", *TINY, "global_batch=2000"], "more than the 1437 training images"),
+        (["train", *TINY, "global_batch=33", "machine.devices=2"], "cannot be split over 2 ranks"),
+        (["train", *TINY, "runs_dir=/proc/nowhere"], "runs_dir: /proc/nowhere"),
+        (["train", "runs"], "'runs' is no key=value"),
+        (["train", "--config-dir", "/nowhere"], "--config-dir: /nowhere is no directory"),
+        (["eval"], "dir: which run?"),
+        (["eval", "/nowhere"], "/nowhere: no run there"),
+        (["report", "/nowhere"], "/nowhere: no finished run there"),
+        (["report", "confidence=2"], "confidence: 2"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, args, said):
+    code, _, err = run(monkeypatch, capsys, *args)
+    assert code == 2
+    assert len(err) == 1, err
+    assert err[0].startswith("dytrun: ")
+    assert said in err[0]
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_all_that_is_wrong_is_said_at_once(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "train", "norm=dyt", "norm.alpha_init=-1", "optim.lr=abc", "+bogus=1")
+    assert code == 2
+    assert [line.split(":")[1].strip() for line in err] == ["optim.lr", "bogus", "norm.alpha_init"] or len(err) == 3
+    assert all(any(key in line for line in err) for key in ("norm.alpha_init", "optim.lr", "bogus"))
+
+
+def test_a_sweep_is_checked_whole_before_its_first_run(monkeypatch, capsys, tmp_path):
+    code, _, err = run(monkeypatch, capsys, "train", "-m", *TINY, "norm=dyt", "norm.alpha_init=0.5,-1")
+    assert (code, len(err)) == (2, 1)
+    assert "norm.alpha_init: -1" in err[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "sites", "params"),
+    [
+        ("vit_b", "dyt", "25 sites converted", "86,567,681"),
+        ("vit_b", "ln", "25 LayerNorm sites kept", "86,567,656"),
+        ("convnext_l", "dyt", "41 sites converted", "197,767,377"),
+    ],
+)
+def test_a_dry_run_prints_the_plan_and_touches_nothing(monkeypatch, capsys, tmp_path, model, norm, sites, params):
+    code, out, err = run(monkeypatch, capsys, "train", f"model={model}", f"norm={norm}", "dry_run=true")
+    assert (code, err) == (0, [])
+    assert sites in out
+    assert f"{params} parameters" in out
+    assert "93,600 = 300 epochs × 312" in out
+    assert "precision=bf16 is the faster choice" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_sweep_prints_every_plan_and_touches_nothing(monkeypatch, capsys, tmp_path):
+    code, out, _ = run(monkeypatch, capsys, "train", "experiment=quickstart", "dry_run=true")
+    assert code == 0
+    assert out.count("plan (nothing was touched)") == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_other_than_the_papers_prints_the_rule(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "train", "dry_run=true", "global_batch=1024")
+    assert "scaled linearly to 1024 is 0.001" in out
+
+
+def test_hydra_shows_what_it_always_shows(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "train", "--cfg", "job", "norm=dyt")
+    assert code == 0
+    assert "alpha_init: 0.5" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("dytrun ", "eval"), ("dytrun train norm=", "norm=dyt"), ("dytrun train norm=dyt norm.", "norm.alpha_init=")],
+)
+def test_shells_can_complete(monkeypatch, capsys, line, offered):
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    _, out, _ = run(monkeypatch, capsys, "-sc", "query=bash")
+    assert offered in out

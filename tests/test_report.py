@@ -1,0 +1,155 @@
+"""Pairs, intervals, refusals, the JSON and the page; numbers written out by hand."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+
+from dytrun import report
+from dytrun.errors import UserError
+from dytrun.records import RunResult
+from dytrun.run import identity
+from dytrun.stats import paired_difference, sample
+
+
+def put(directory: Path, *overrides: str, **fields) -> RunResult:
+    """Leave a run in `directory` as a real one would."""
+    config = tiny(f"runs_dir={directory}", *overrides)
+    result = RunResult(
+        status="finished", **identity(config), num_params=10, num_norm_sites=5, norm_impl="F.layer_norm, eager",
+        device="CPU", ranks=1, data_fingerprint="f", versions={"torch": "2"}, steps=44, top1=90.0, top5=99.0,
+        val_loss=0.5, num_val=360, images_per_s=100.0, peak_mem_gib=1.0, data_wait_frac=0.01,
+    )  # fmt: skip
+    result = replace(result, **fields)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.json").write_text(config.model_dump_json())
+    (config.run_dir / "metrics.jsonl").write_text(
+        '{"step": 44, "epoch": 1.0, "samples_seen": 1408, "train/loss": 1.5}\n'
+        '{"step": 44, "epoch": 1.0, "samples_seen": 1408, "val/top1": 90.0}\n'
+    )
+    result.save(config.run_dir / "result.json")
+    return result
+
+
+def test_mean_spread_and_interval_by_hand():
+    assert sample([90.0, 92.0, 94.0]) == sample([92.0, 94.0, 90.0])
+    assert (sample([90.0, 92.0, 94.0]).mean, sample([90.0, 92.0, 94.0]).std) == (92.0, 2.0)
+    assert sample([90.0]).std is None
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653.
+    found = paired_difference({0: 91.0, 1: 92.0, 2: 93.0, 9: 1.0}, {0: 90.0, 1: 90.0, 2: 90.0}, 0.95)
+    assert (found.mean, found.n) == (2.0, 3)
+    assert found.low == pytest.approx(2 - 4.302653 / 3**0.5, abs=1e-5)
+    assert found.high == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-5)
+    assert found.is_beyond_chance is False
+    one = paired_difference({0: 91.0}, {0: 90.0}, 0.95)
+    assert (one.mean, one.low, one.is_beyond_chance) == (1.0, None, None)
+    assert paired_difference({0: 1.0}, {1: 1.0}, 0.95) is None
+
+
+def test_seeds_are_paired_and_the_verdict_says_what_may_be_said(tmp_path):
+    for seed, ln, dyt in ((0, 90.0, 91.0), (1, 92.0, 93.1), (2, 94.0, 94.9)):
+        put(tmp_path, f"seed={seed}", top1=ln)
+        put(tmp_path, "norm=dyt", f"seed={seed}", top1=dyt, images_per_s=80.0)
+    found = report.build(tmp_path, "ln", 0.95)
+    (pair,) = found.pairs
+    assert [arm.label for arm in pair.arms] == ["ln", "dyt alpha_init=0.5"]
+    assert pair.arms[1].top1_difference.mean == pytest.approx(1.0)
+    assert pair.arms[1].speed_ratio == pytest.approx(0.8)
+    assert "1.00 points above ln" in pair.verdicts[0]
+    assert pair.verdicts[0].endswith("larger than chance.")
+    assert "n = 3 seeds" in pair.verdicts[0]
+    assert found.refused == []
+
+
+def test_one_seed_is_called_one_seed(tmp_path):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", top1=95.0)
+    (pair,) = report.build(tmp_path, "ln", 0.95).pairs
+    assert "n = 1" in pair.verdicts[0]
+    assert "larger than chance" not in pair.verdicts[0]
+
+
+def test_runs_that_differ_in_more_than_the_norm_are_not_compared(tmp_path):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", "optim.lr=2e-3")
+    found = report.build(tmp_path, "ln", 0.95)
+    assert len(found.pairs) == 2
+    assert not any(pair.verdicts for pair in found.pairs)
+    assert all("differ in more than the norm" in reason for reason in found.refused)
+    assert "optim.lr (0.001, 0.002)" in found.refused[0] + found.refused[1]
+
+
+def test_runs_that_saw_other_images_are_not_compared(tmp_path):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", data_fingerprint="g")
+    found = report.build(tmp_path, "ln", 0.95)
+    assert found.pairs == []
+    assert "saw different images" in found.refused[0]
+
+
+@pytest.mark.parametrize("other", [{"device": "GPU"}, {"ranks": 2}, {"norm_impl": "F.layer_norm, compiled whole"}])
+def test_speeds_measured_differently_are_not_compared(tmp_path, other):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", **other)
+    (pair,) = report.build(tmp_path, "ln", 0.95).pairs
+    assert pair.arms[1].speed_ratio is None
+
+
+def test_a_diverged_arm_is_a_row(tmp_path):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", "norm.alpha_init=9", status="diverged", top1=None)
+    found = report.build(tmp_path, "ln", 0.95)
+    assert found.rows()[1][2:4] == ["dyt alpha_init=9", "0 (1 diverged)"]
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    put(tmp_path)
+    bad = put(tmp_path, "norm=dyt")
+    path = next(path for path in tmp_path.glob("*dyt*/result.json"))
+    path.write_text(path.read_text()[:40])
+    assert bad.norm == "dyt"
+    assert "cannot be read" in " ".join(report.build(tmp_path, "ln", 0.95).refused)
+    path.unlink()
+    assert "no result yet" in " ".join(report.build(tmp_path, "ln", 0.95).refused)
+
+
+def test_an_empty_directory_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no finished run there"):
+        report.build(tmp_path, "ln", 0.95)
+
+
+def test_json_and_page_hold_the_tables_numbers(tmp_path):
+    put(tmp_path, top1=91.25)
+    put(tmp_path, "norm=dyt", top1=90.5)
+    found = report.build(tmp_path, "ln", 0.95)
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert [arm["top1"]["mean"] for arm in values["pairs"][0]["arms"]] == [91.25, 90.5]
+    page = (tmp_path / "report.html").read_text()
+    for row in found.rows():
+        assert all(f"<td>{cell}</td>" in page for cell in row)
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?http', page)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@pytest.mark.slow
+def test_the_page_draws_its_charts_in_a_real_browser(tmp_path):
+    put(tmp_path / "runs")
+    put(tmp_path / "runs", "norm=dyt")
+    report.build(tmp_path / "runs", "ln", 0.95)
+    done = subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000",
+            "--dump-dom", f"file://{tmp_path / 'runs' / 'report.html'}",
+        ],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert done.stdout.count('class="main-svg"') >= 4
+    assert done.stdout.count('class="js-line"') >= 4
+    assert "CONSOLE" not in done.stderr

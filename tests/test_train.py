@@ -1,0 +1,246 @@
+"""The whole path in real processes: a sweep over both arms, its files, its report; ranks; faults; W&B offline."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, dytrun
+
+from dytrun.records import METRICS, RunResult
+
+pytestmark = pytest.mark.slow
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def only(directory: Path, pattern: str = "*") -> Path:
+    (found,) = (path.parent for path in directory.glob(f"{pattern}/config.json"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """LN and DyT, one after the other from one command line, offline in W&B, with EMA."""
+    home = tmp_path_factory.mktemp("sweep")
+    args = ["train", "-m", *TINY, "norm=ln,dyt", "ema=on", "epochs=2", "tracking.mode=auto", f"runs_dir={home}/runs"]
+    env = {"OMP_NUM_THREADS": "1", "NETRC": str(home / "none")}
+    return home / "runs", args, dytrun(*args, env=env), env
+
+
+def test_a_sweep_trains_both_arms_and_prints_the_table(sweep):
+    runs, _, done, _ = sweep
+    assert done.returncode == 0, done.stderr
+    assert "runs in" in done.stdout
+    assert "2 runs asked for" in done.stdout
+    assert "n = 1" in done.stdout
+    assert len(list(runs.glob("*/result.json"))) == 2
+    assert (runs / "report.html").is_file()
+
+
+def test_a_run_leaves_what_the_design_says(sweep):
+    run_dir = only(sweep[0], "*dyt*")
+    result = RunResult.load(run_dir / "result.json")
+    assert (result.status, result.norm, result.alpha_init, result.seed, result.epochs) == ("finished", "dyt", 0.5, 0, 2)
+    assert (result.num_val, result.num_norm_sites, result.steps, result.ranks) == (360, 5, 88, 1)
+    assert result.norm_impl == "formula (plain torch, alpha expanded over rows), eager"
+    assert result.images_per_s > 0
+    assert 0 < result.step_ms_p50 <= result.step_ms_p95
+    assert 0 <= result.data_wait_frac <= 1
+    assert 0 < result.peak_mem_gib < 20
+    assert 0 < result.train_seconds < 100
+    assert result.best_epoch in (1, 2)
+    assert set(result.alpha) == {
+        "blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "fc_norm",
+    }  # fmt: skip
+    assert {"torch", "timm", "python", "dytrun"} <= set(result.versions)
+    assert run_dir.name.endswith(result.science_id)
+    correct = np.load(run_dir / "correct.npz")
+    bits = np.unpackbits(correct["correct"], count=int(correct["num"]))
+    assert 100 * bits.sum() / 360 == pytest.approx(result.top1)
+
+
+def test_every_metric_is_written(sweep):
+    names = set().union(*(line.keys() for line in lines(only(sweep[0], "*dyt*"))))
+    assert set(METRICS) <= names
+    assert "norm/alpha/fc_norm" in names
+
+
+def test_both_arms_started_alike(sweep):
+    ln, dyt = (lines(only(sweep[0], f"*{norm}*")) for norm in ("ln", "dyt"))
+    assert [line["samples_seen"] for line in ln] == [line["samples_seen"] for line in dyt]
+    results = [RunResult.load(only(sweep[0], f"*{norm}*") / "result.json") for norm in ("ln", "dyt")]
+    assert results[0].pair_id == results[1].pair_id
+    assert results[0].data_fingerprint == results[1].data_fingerprint
+    assert results[1].num_params == results[0].num_params + 5
+
+
+def test_typed_again_nothing_is_trained(sweep):
+    runs, args, _, env = sweep
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    begun = time.perf_counter()
+    done = dytrun(*args, env=env)
+    assert done.returncode == 0
+    assert done.stdout.count("finished already") == 2
+    assert "runs in" in done.stdout
+    assert time.perf_counter() - begun < 20
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")} == before
+
+
+def test_the_offline_run_can_be_read_with_wandbs_own_tool(sweep):
+    run_dir = only(sweep[0], "*dyt*")
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([wandb, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True)
+    history = [json.loads(line) for line in done.stdout.splitlines()]
+    steps = [item for item in history if "val/top1" in json.dumps(item) and item.get("history")]
+    assert len(steps) == 2
+    summary = subprocess.run(
+        [wandb, "leet", "inspect", "--summary", "--json", file], capture_output=True, text=True, check=True
+    )
+    found = json.loads(summary.stdout)
+    assert "pair_id" in json.dumps(found["config"])
+    assert "wandb sync" in sweep[2].stdout
+
+
+def test_eval_counts_the_same(sweep):
+    run_dir = only(sweep[0], "*dyt*")
+    result = RunResult.load(run_dir / "result.json")
+    for extra in ([], ["devices=2", "batch_per_rank=7", "workers=0"]):
+        done = dytrun("eval", str(run_dir), *extra, env=sweep[3])
+        assert done.returncode == 0, done.stderr
+        found = json.loads((run_dir / "eval.json").read_text())
+        assert found["raw"]["top1"] == result.top1
+        assert found["raw"]["top5"] == result.top5
+        assert found["ema"]["top1"] == result.ema_top1
+        assert f"{result.top1:.3f}" in done.stdout
+
+
+def test_one_and_two_ranks_see_the_same_images_and_losses(tmp_path):
+    """What depends on how a batch is split (mixing partners, drop-path) is off in TINY."""
+    overrides = [
+        *TINY,
+        "norm=dyt",
+        "augment=light",
+        "ema=on",
+        "tracking.log_every_steps=1",
+        "machine.max_batch_per_rank=8",
+    ]
+    losses = {}
+    for ranks in (1, 2):
+        done = dytrun("train", *overrides, f"machine.devices={ranks}", f"runs_dir=runs{ranks}")
+        assert done.returncode == 0, done.stderr
+        assert RunResult.load(only(tmp_path / f"runs{ranks}") / "result.json").ranks == ranks
+        losses[ranks] = [line["train/loss"] for line in lines(only(tmp_path / f"runs{ranks}")) if "train/loss" in line]
+    assert losses[1][:20] == pytest.approx(losses[2][:20], abs=1e-5)
+
+
+def test_torchrun_joins(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
+         "-m", "dytrun", "train", *TINY, "norm=dyt"],
+        capture_output=True, text=True, timeout=200, check=False,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert RunResult.load(only(tmp_path / "runs") / "result.json").ranks == 2
+    assert done.stdout.count("top-1 / top-5") == 1
+
+
+def test_divergence_is_a_result(tmp_path):
+    args = [*TINY, "norm=ln", "optim.lr=1e30", "optim.warmup_epochs=0", "optim.min_lr=0"]
+    done = dytrun("train", *args)
+    assert done.returncode == 1
+    result = RunResult.load(only(tmp_path / "runs") / "result.json")
+    assert result.status == "diverged"
+    assert "not finite at step" in result.message
+    assert result.top1 is None
+    again = dytrun("train", *args)
+    assert (again.returncode, "diverged already" in again.stdout) == (1, True)
+    swept = dytrun("train", "-m", *args, "norm=ln,dyt")
+    assert swept.returncode == 0
+    assert "1 diverged" in swept.stdout
+
+
+def test_an_image_that_cannot_be_read_ends_all_ranks_with_one_line(image_tree):
+    root = image_tree(train={"a": 16, "b": 16}, val={"a": 1, "b": 1})
+    (root / "train" / "b" / "7.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    done = dytrun(
+        "train",
+        *TINY,
+        "data=folder",
+        f"data.root={root}",
+        "data.image_size=16",
+        "machine.devices=2",
+        "machine.workers=1",
+    )
+    assert done.returncode == 2
+    assert "b/7.jpg: cannot be read as an image" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    args = ["train", *TINY, "norm=dyt", "ema=on", "epochs=6", "tracking.log_every_steps=11"]
+    whole = dytrun(*args, "runs_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dytrun", *args], start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    for _ in range(600):
+        if list(tmp_path.glob("runs/*/checkpoints/step-00000088")):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("runs/*/result.json"))
+    again = dytrun(*args)
+    assert again.returncode == 0, again.stderr
+    one, other = (only(tmp_path / name) for name in ("whole", "runs"))
+    untimed = [
+        [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines(run_dir)]
+        for run_dir in (one, other)
+    ]
+    assert untimed[0] == untimed[1]
+    first, second = (RunResult.load(run_dir / "result.json") for run_dir in (one, other))
+    assert (first.top1, first.ema_top1, first.val_loss, first.alpha) == (
+        second.top1, second.ema_top1, second.val_loss, second.alpha,
+    )  # fmt: skip
+
+
+def test_ctrl_c_leaves_with_75_and_the_next_start_goes_on(tmp_path):
+    args = ["train", *TINY, "norm=ln", "epochs=40"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dytrun", *args], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if list(tmp_path.glob("runs/*/checkpoints/step-*")):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "type the command again" in err
+    assert RunResult.load(only(tmp_path / "runs") / "result.json").status == "interrupted"
+
+
+def test_compiled_blocks_train(tmp_path):
+    done = dytrun("train", *TINY, "norm=dyt", "machine.compile=blocks", "tracking.log_every_steps=1")
+    plain = dytrun("train", *TINY, "norm=dyt", "runs_dir=plain", "tracking.log_every_steps=1")
+    assert done.returncode == plain.returncode == 0, done.stderr
+    one, other = (only(tmp_path / name) for name in ("runs", "plain"))
+    assert "compiled block by block" in RunResult.load(one / "result.json").norm_impl
+    losses = [[line["train/loss"] for line in lines(run_dir) if "train/loss" in line] for run_dir in (one, other)]
+    assert losses[0][:10] == pytest.approx(losses[1][:10], abs=1e-4)
+    assert all(math.isfinite(loss) for loss in losses[0])
