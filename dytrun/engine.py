@@ -7,6 +7,7 @@ or gradient that is not finite still never reaches the weights, because the devi
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,8 @@ def distribute(model: nn.Module, place: Place) -> nn.Module:
     if place.world == 1:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> None:
