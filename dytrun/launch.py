@@ -64,10 +64,10 @@ def train(config: RunConfig) -> RunResult:
     from dytrun import distributed, machine, run
 
     if distributed.joined():
+        # Every rank has composed the same configuration from the same command line.
         if distributed.first_here():
             _write_config(config)
-        _wait_for(config.run_dir / "config.json")
-        run.train_rank(str(config.run_dir))
+        run.train_here(config)
         return RunResult.load(config.run_dir / "result.json")
     _write_config(config)
     _, world = machine.resolve_devices(config.machine.devices)
@@ -176,14 +176,3 @@ def _write_config(config: RunConfig) -> None:
         write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
     except OSError as error:
         raise UserError(f"runs_dir: {config.run_dir} cannot be written ({error.strerror}); choose another") from None
-
-
-def _wait_for(path: Path, timeout_s: float = 60.0) -> None:
-    """Wait until rank 0 has written a file that this rank is about to read."""
-    import time
-
-    until = time.monotonic() + timeout_s
-    while not path.is_file():
-        if time.monotonic() > until:
-            raise UserError(f"runs_dir: {path} does not appear on this rank; use a directory that all nodes share")
-        time.sleep(0.1)

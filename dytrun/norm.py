@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 # Said in every result: which implementation a speed belongs to.
-FORMULA = "formula (plain torch, alpha expanded over rows)"
+FORMULA = "row-expanded formula"
 
 
 def dyt(

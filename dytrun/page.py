@@ -18,7 +18,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .verdict { font-size: 1.15rem; padding: .6rem 1rem; border-left: 4px solid #0072B2; background: var(--soft); }
 .chart { min-height: 380px; }
 """
@@ -80,7 +80,7 @@ def _charts(curves: list[Curve]) -> list[str]:
             charts.append(
                 f'<div class=chart role=img aria-label="{html.escape(title)} over epochs, one line a run">'
                 + figure.to_html(
-                    full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+                    full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
                 )
                 + "</div>"
             )

@@ -173,19 +173,32 @@ class RunResult:
 def to_json_line(record: Record) -> str:
     """Write a record as a line of metrics.jsonl; a value that is not finite becomes null, as JSON has no other."""
     axes = {axis: getattr(record, axis) for axis in AXES}
-    return json.dumps(axes | {name: _finite(value) for name, value in record.metrics().items()})
+    return json.dumps(_finite(axes | record.metrics()))
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all: a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as file:
-        json.dump(values, file, indent=1, allow_nan=False, default=_finite)
+        json.dump(_finite(values), file, indent=1, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file, or none without it; a last line without its end is one that a kill cut short."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot hold, numbers that are not finite, by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from typing import Any
 
 from dytrun import page
 from dytrun.errors import UserError
-from dytrun.records import RunResult, write_json
+from dytrun.records import RunResult, whole_lines, write_json
 from dytrun.stats import Difference, Sample, paired_difference, sample
 
 # From this share of waiting on, a speed says more about the loader than about the norm.
@@ -71,9 +71,11 @@ class Report:
     refused: list[str]
     """Comparisons that were not made, and why."""
 
-    def rows(self) -> list[list[str]]:
-        """Return the cells of the table, in the order of COLUMNS."""
-        return [_row(pair, arm) for pair in self.pairs for arm in pair.arms]
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the table's columns and rows; a column in which no row has anything is left out."""
+        rows = [_row(pair, arm) for pair in self.pairs for arm in pair.arms]
+        used = [number for number in range(len(COLUMNS)) if any(row[number] not in ("", "–") for row in rows)]
+        return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in rows]
 
 
 def build(directory: Path, baseline: str, confidence: float) -> Report:
@@ -83,6 +85,8 @@ def build(directory: Path, baseline: str, confidence: float) -> Report:
         UserError: there is no run with a result.
     """
     runs, refused = load_runs(directory)
+    if baseline not in (norms := sorted({run.result.norm for run in runs})):
+        refused.append(f"no run has norm={baseline}, the baseline; there are runs with {', '.join(norms)}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.result.pair_id, []).append(run)
@@ -98,7 +102,8 @@ def build(directory: Path, baseline: str, confidence: float) -> Report:
         refused += _missing_twin(members, baseline, runs)
     report = Report(str(directory), baseline, confidence, pairs, refused)
     write_json(directory / "report.json", asdict(report))
-    page.write(directory / "report.html", asdict(report), COLUMNS, report.rows(), _curves(pairs, runs))
+    columns, rows = report.table()
+    page.write(directory / "report.html", asdict(report), columns, rows, _curves(pairs, runs))
     return report
 
 
@@ -113,8 +118,7 @@ def load_runs(directory: Path) -> tuple[list[Run], list[str]]:
         name = path.parent.name
         try:
             result = RunResult.load(path.with_name("result.json"))
-            lines = path.with_name("metrics.jsonl")
-            records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+            records = [json.loads(line) for line in whole_lines(path.with_name("metrics.jsonl"))]
             runs.append(Run(name, result, records))
         except FileNotFoundError:
             problems.append(f"{name}: no result yet (running, or stopped: type its command again)")
@@ -138,12 +142,15 @@ def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) ->
     by_arm: dict[str, list[Run]] = {}
     for run in members:
         by_arm.setdefault(_label(run.result), []).append(run)
-    base = by_arm.get(baseline, [])
-    ordered = sorted(by_arm.items(), key=lambda item: (item[0] != baseline, item[0]))
-    arms = [_arm(label, runs, [] if label == baseline else base, confidence) for label, runs in ordered]
+    # A norm with several settings is no baseline: it is not one arm.
+    candidates = [label for label, runs in by_arm.items() if runs[0].result.norm == baseline]
+    chosen = candidates[0] if len(candidates) == 1 else None
+    base = by_arm[chosen] if chosen else []
+    ordered = sorted(by_arm.items(), key=lambda item: (item[0] != chosen, item[0]))
+    arms = [_arm(label, runs, [] if label == chosen else base, confidence) for label, runs in ordered]
     first = members[0].result
     data = first.science["data"]["name"]
-    verdicts = [_verdict(arm, baseline) for arm in arms if arm.label != baseline and base]
+    verdicts = [_verdict(arm, str(chosen)) for arm in arms if arm.label != chosen and base]
     return Pair(pair_id, first.model, data, arms, verdicts)
 
 

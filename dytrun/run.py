@@ -35,9 +35,16 @@ from dytrun.tracking import Tracker
 
 
 def train_rank(run_dir: str) -> None:
-    """Train the run of `run_dir` on this rank, from its last checkpoint if it has one; rank 0 writes the files."""
-    directory = Path(run_dir)
-    config = load_config(directory)
+    """Train the run of `run_dir` on this rank, which `launch` has started for it."""
+    train_here(load_config(Path(run_dir)))
+
+
+def train_here(config: RunConfig) -> None:
+    """Train a run on this rank, from its last checkpoint if it has one; rank 0 writes the files.
+
+    When it returns, on any rank, result.json is there.
+    """
+    directory = config.run_dir
     devices, _ = machine.resolve_devices(config.machine.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -67,6 +74,7 @@ def train_rank(run_dir: str) -> None:
         result = facts(config, place, data, model, len(sites))
         if not place.is_first:
             _follow(fit(config, state, around), config, state, around, None)
+            barrier()
             return
         tracker = Tracker(config, directory, state.step)
         display = Display(config.run_name, plan.total_steps, state.step)
@@ -79,6 +87,7 @@ def train_rank(run_dir: str) -> None:
             if last is not None:
                 _save_correct(directory / "correct.npz", last)
             ended.save(directory / "result.json")
+            barrier()
         finally:
             display.close()
             tracker.finish(ended)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from dytrun.config import RunConfig, TrackingConfig
 from dytrun.errors import UserError
-from dytrun.records import AXES, Record, RunResult, to_json_line
+from dytrun.records import AXES, Record, RunResult, to_json_line, whole_lines
 
 # Seconds that a run may wait for W&B before it goes on without.
 _PROBE_TIMEOUT_S = 2.0
@@ -36,7 +36,7 @@ class Tracker:
         self.notes: list[str] = []
         """What a person should know, a line each."""
         self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
+        kept = [line for line in whole_lines(self._path) if json.loads(line)["step"] <= first_step]
         partial = self._path.with_name(".metrics.jsonl.partial")
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(self._path)
@@ -157,11 +157,3 @@ def _run_id(run_dir: Path, is_new: bool = False) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of a file; what a killed run left of a last line is dropped."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]

@@ -1,7 +1,8 @@
-"""One optimizer step and many: accumulation, clipping, precision, EMA, divergence, resuming; one process on the CPU."""
+"""One optimizer step and many: accumulation, clipping, precision, EMA, divergence, resuming; one process."""
 
 import copy
 import itertools
+import os
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from dytrun.run import build_arm
 from dytrun.sources import load_data
 from dytrun.throughput import Clock
 
-PLACE = Place(0, 1, torch.device("cpu"))
+# tests/gpu.sh runs this file on a GPU too.
+PLACE = Place(0, 1, torch.device(os.environ.get("DYTRUN_TEST_DEVICE", "cpu")))
 
 
 class Bench:
@@ -29,7 +31,7 @@ class Bench:
         data = load_data(self.config.data)
         self.plan = optim.plan_steps(self.config, len(data.train.labels), 1)
         model, sites = build_arm(self.config, 10)
-        self.state = build_state(model, self.config, PLACE.device)
+        self.state = build_state(model.to(PLACE.device), self.config, PLACE.device)
         self.store = Store(directory, self.config.checkpoint.keep)
         self.data = data
         self.sites = [site.name for site in sites] if self.config.norm.name == "dyt" else []
@@ -170,7 +172,7 @@ def test_a_value_that_is_not_finite_never_reaches_the_weights(tmp_path, poison):
 
 def test_fp16_skips_an_overflow_and_goes_on(tmp_path):
     bench = Bench(tmp_path, "norm=ln", "precision=fp16", "tracking.log_every_steps=4")
-    bench.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    bench.state.scaler = torch.amp.GradScaler(PLACE.device.type, init_scale=2.0**40)
     start = bench.state.scaler.get_scale()
     assert len(bench.records(3)) == 3
     assert bench.state.scaler.get_scale() < start

@@ -104,7 +104,9 @@ def test_a_diverged_arm_is_a_row(tmp_path):
     put(tmp_path)
     put(tmp_path, "norm=dyt", "norm.alpha_init=9", status="diverged", top1=None)
     found = report.build(tmp_path, "ln", 0.95)
-    assert found.rows()[1][2:4] == ["dyt alpha_init=9", "0 (1 diverged)"]
+    columns, rows = found.table()
+    assert rows[1][2:4] == ["dyt alpha_init=9", "0 (1 diverged)"]
+    assert "EMA top-1 %" not in columns
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
@@ -116,6 +118,25 @@ def test_what_cannot_be_read_is_said(tmp_path):
     assert "cannot be read" in " ".join(report.build(tmp_path, "ln", 0.95).refused)
     path.unlink()
     assert "no result yet" in " ".join(report.build(tmp_path, "ln", 0.95).refused)
+
+
+def test_any_norm_can_be_the_baseline(tmp_path):
+    put(tmp_path, top1=92.0)
+    put(tmp_path, "norm=dyt", top1=91.0)
+    (pair,) = report.build(tmp_path, "dyt", 0.95).pairs
+    assert "ln is 1.00 points above dyt alpha_init=0.5" in pair.verdicts[0]
+    put(tmp_path, "norm=dyt", "norm.alpha_init=0.8", top1=91.0)
+    assert not report.build(tmp_path, "dyt", 0.95).pairs[0].verdicts
+    assert (
+        "no run has norm=derf, the baseline; there are runs with dyt, ln"
+        in report.build(tmp_path, "derf", 0.95).refused
+    )
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    put(tmp_path, val_loss=float("inf"))
+    path = next(tmp_path.glob("*/result.json"))
+    assert json.loads(path.read_text())["val_loss"] is None
 
 
 def test_an_empty_directory_is_an_error(tmp_path):
@@ -130,7 +151,7 @@ def test_json_and_page_hold_the_tables_numbers(tmp_path):
     values = json.loads((tmp_path / "report.json").read_text())
     assert [arm["top1"]["mean"] for arm in values["pairs"][0]["arms"]] == [91.25, 90.5]
     page = (tmp_path / "report.html").read_text()
-    for row in found.rows():
+    for row in found.table()[1]:
         assert all(f"<td>{cell}</td>" in page for cell in row)
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?http', page)
 
