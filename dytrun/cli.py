@@ -79,7 +79,7 @@ def _train(args: list[str]) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             return _hydra("train", [*args, f"hydra.sweep.dir={scratch}"], train_task)
     code = _hydra("train", args, train_task, is_sweep=len(configs) > 1)
-    if len(configs) > 1 and os.environ.get("RANK", "0") == "0":
+    if len(configs) > 1 and code != STOPPED and os.environ.get("RANK", "0") == "0":
         from dytrun import report
 
         found = report.build(Path(configs[0].runs_dir), "ln", 0.95)

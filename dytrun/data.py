@@ -6,7 +6,10 @@ batch). So two arms see the same pixels, a run is taken up again from its step n
 loader processes changes nothing.
 """
 
-from collections.abc import Callable, Iterator
+import ctypes
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,9 @@ from dytrun.sources import Data, Split
 
 # Streams of randomness: unrelated numbers for the same (seed, step).
 INIT, _ORDER, _AUGMENT, _MIX = range(4)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Evaluation batches for each loader process, below which the rank loads them itself.
+_BATCHES_WORTH_A_PROCESS = 4
 
 
 class Batch(NamedTuple):
@@ -38,52 +44,36 @@ class Batch(NamedTuple):
 def train_batches(
     config: RunConfig, data: Data, rank_share: "RankShare", device: torch.device, workers: int
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches from `rank_share.first_step` on, on the device, mixed, without end of epoch.
+    """Return this rank's micro-batches from `rank_share.first_step` on, on the device, mixed, without end of epoch.
 
     When a micro-batch is handed over, the global generators stand at (seed, step, place in the global batch): what
     the model draws in its forward pass (drop-path) is keyed by that too.
+
+    The loader processes start at once, before the caller starts threads that a fork would tear.
     """
-    mix = mixer(config.augment, data.num_classes)
-    loader = DataLoader(
-        _TrainImages(data.train, train_transform(config.augment, config.data), config.seed),
-        batch_sampler=_Order(len(data.train.labels), config.seed, rank_share),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
-    )
-    for count, (images, labels, indices) in enumerate(_readable(loader)):
-        step, micro = divmod(count, rank_share.accumulation)
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        seeded(config.seed, _MIX, rank_share.first_step + step, rank_share.offset(micro))
-        targets = labels
-        if mix is not None:
-            images, targets = mix(images, labels)
-        yield Batch(images, targets, indices)
+    images = _TrainImages(data.train, train_transform(config.augment, config.data), config.seed)
+    loader = _loader(images, _Order(len(data.train.labels), config.seed, rank_share), device, workers)
+    return _mixed(config, data.num_classes, rank_share, device, iter(loader))
 
 
 class ValBatches:
     """This rank's share of the validation images, every one once over all ranks; can be gone through again."""
 
-    def __init__(self, data: DataConfig, split: Split, batch: int, workers: int):
-        self._images = _ValImages(split, eval_transform(data))
-        self._batch = batch
-        self._workers = workers
-        self._loader: DataLoader | None = None
+    def __init__(self, data: DataConfig, split: Split, batch: int, workers: int, place: tuple[int, int, torch.device]):
+        """Take (rank, world, device) as `place`; the last batch may be smaller, and there may be none."""
+        rank, world, self._device = place
+        positions = range(rank, len(split.labels), world)
+        batches = [list(positions[i : i + batch]) for i in range(0, len(positions), batch)]
+        # A process that has only a few batches to load costs more than it brings.
+        workers = workers if len(batches) >= _BATCHES_WORTH_A_PROCESS * workers else 0
+        self._loader = _loader(_ValImages(split, eval_transform(data)), batches, self._device, workers)
+        if workers:
+            iter(self._loader)
 
-    def __call__(self, rank: int, world: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the batches of a rank, on the device; the last may be smaller, and there may be none."""
-        positions = range(rank, len(self._images), world)
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._images,
-                batch_sampler=[list(positions[i : i + self._batch]) for i in range(0, len(positions), self._batch)],
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=_one_thread,
-            )
-        for images, labels, indices in _readable(self._loader):
-            yield Batch(images.to(device, non_blocking=True), labels.to(device), indices.to(device))
+    def __call__(self) -> Iterator[Batch]:
+        """Yield the batches, on the device."""
+        for images, labels, indices in _readable(iter(self._loader)):
+            yield Batch(images.to(self._device, non_blocking=True), labels.to(self._device), indices.to(self._device))
 
 
 class RankShare(NamedTuple):
@@ -149,13 +139,44 @@ class _ValImages(Dataset):
         return self._transform(self._split.image(index)), int(self._split.labels[index]), index
 
 
-def _one_thread(_: int) -> None:
+def _loader(images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any iterable of lists of keys will do
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+        # A rank is itself a child of a fork server, and would start one of its own: ten seconds of imports, and
+        # processes that outlive a rank that is killed.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+
+
+def _mixed(
+    config: RunConfig, num_classes: int, share: RankShare, device: torch.device, loaded: Iterator[list[Tensor]]
+) -> Iterator[Batch]:
+    mix = mixer(config.augment, num_classes)
+    for count, (images, labels, indices) in enumerate(_readable(loaded)):
+        step, micro = divmod(count, share.accumulation)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        seeded(config.seed, _MIX, share.first_step + step, share.offset(micro))
+        targets = labels
+        if mix is not None:
+            images, targets = mix(images, labels)
+        yield Batch(images, targets, indices)
+
+
+def _start_worker(_: int) -> None:
+    """Compute on one thread, and end at once when the rank does, however it ends."""
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _readable(loader: DataLoader) -> Iterator[list[Tensor]]:
-    """Go through a loader; a worker's UserError arrives wrapped in its traceback, so cut it out again."""
+def _readable(loaded: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Go through what is loaded; a worker's UserError arrives wrapped in its traceback, so cut it out again."""
     try:
-        yield from loader
+        yield from loaded
     except UserError as error:
         raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None

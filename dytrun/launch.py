@@ -11,8 +11,11 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import select
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -67,12 +70,12 @@ def train(config: RunConfig) -> RunResult:
         # Every rank has composed the same configuration from the same command line.
         if distributed.first_here():
             _write_config(config)
-        run.train_here(config)
+        run.train_here(config, config.run_dir)
         return RunResult.load(config.run_dir / "result.json")
     _write_config(config)
     _, world = machine.resolve_devices(config.machine.devices)
     try:
-        _start(run.train_rank, (str(config.run_dir),), world)
+        _start(run.train_rank, (str(config.run_dir.resolve()),), world)
     except (Failed, Stopped) as error:
         status = "failed" if isinstance(error, Failed) else "interrupted"
         message = str(error).splitlines()[0]
@@ -94,7 +97,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     directory = Path(config.dir)
     run.load_config(directory)
     _, world = machine.resolve_devices(config.devices)
-    args = (str(directory), config.model_dump_json())
+    args = (str(directory.resolve()), config.model_dump_json())
     found = run.evaluate_rank(*args) if distributed.joined() else _start(run.evaluate_rank, args, world)
     if found is not None:
         figures = {
@@ -127,8 +130,10 @@ def _start(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     warm_up()
-    # Its warnings repeat at length what the exception says.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Their warnings repeat at length what the exception says; torchelastic sets a level on each of its loggers.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="dytrun-") as logs, _quiet():
         config = LaunchConfig(
             min_nodes=1,
@@ -145,12 +150,32 @@ def _start(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            return elastic_launch(config, entry)(*args)[0]
+            return elastic_launch(config, _rank)(os.getpid(), entry, *args)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise _translated(rank, failure.message) from None
         except (SignalException, KeyboardInterrupt) as error:
             raise Stopped(f"stopped by {type(error).__name__} ({error})") from None
+
+
+def _rank(launcher: int, entry: Callable[..., Any], *args: Any) -> Any:
+    """Run `entry` in a process that ends with its launcher, however that ends."""
+    threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
+    return entry(*args)
+
+
+def _leave_with(pid: int) -> None:
+    """End this process when process `pid` does."""
+    try:
+        if hasattr(os, "pidfd_open"):
+            select.select([os.pidfd_open(pid)], [], [])
+        else:
+            while True:
+                os.kill(pid, 0)
+                time.sleep(1)
+    except ProcessLookupError:
+        pass
+    os._exit(1)
 
 
 def _translated(rank: int, message: Any) -> Exception:

@@ -19,7 +19,7 @@ from torch import nn
 
 import dytrun
 from dytrun import augment, convert, machine, norm, optim
-from dytrun.checkpoint import Store
+from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import EvalConfig, RunConfig, validate
 from dytrun.data import INIT, RankShare, ValBatches, train_batches
 from dytrun.distributed import Place, barrier, session
@@ -36,15 +36,14 @@ from dytrun.tracking import Tracker
 
 def train_rank(run_dir: str) -> None:
     """Train the run of `run_dir` on this rank, which `launch` has started for it."""
-    train_here(load_config(Path(run_dir)))
+    train_here(load_config(Path(run_dir)), Path(run_dir))
 
 
-def train_here(config: RunConfig) -> None:
+def train_here(config: RunConfig, directory: Path) -> None:
     """Train a run on this rank, from its last checkpoint if it has one; rank 0 writes the files.
 
     When it returns, on any rank, result.json is there.
     """
-    directory = config.run_dir
     devices, _ = machine.resolve_devices(config.machine.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -54,19 +53,21 @@ def train_here(config: RunConfig) -> None:
         model = _placed(model, config, place)
         state = build_state(model, config, place.device)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
-        _resume(state, store, place)
+        if (saved := _saved(store, "LATEST", place)) is not None:
+            restore(state, saved)
         compile_model(model, config.machine.compile)
         clock = Clock(place.device, config.global_batch)
         workers = machine.worker_count(config.machine.workers, place.device)
         share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
                           state.step, plan.total_steps)  # fmt: skip
-        val = ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers)
+        here = place.rank, place.world, place.device
+        val = ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here)
         around = Surroundings(
             plan=plan,
             place=place,
             clock=clock,
             train=train_batches(config, data, share, place.device, workers),
-            val=lambda: val(place.rank, place.world, place.device),
+            val=val,
             num_val=len(data.val.labels),
             store=store,
             sites=[site.name for site in sites] if config.norm.name != "ln" else [],
@@ -103,22 +104,20 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
         data = load_data(config.data)
-        saved = Store(directory / "checkpoints", config.checkpoint.keep).load(
-            "BEST" if chosen.checkpoint == "best" else "LATEST"
-        )
+        store = Store(directory / "checkpoints", config.checkpoint.keep)
+        saved = _saved(store, "BEST" if chosen.checkpoint == "best" else "LATEST", place)
         if saved is None:
             raise UserError(f"{directory}: no {chosen.checkpoint} checkpoint to evaluate; train the run first")
-        val = ValBatches(
-            config.data, data.val, chosen.batch_per_rank, machine.worker_count(chosen.workers, place.device)
-        )
+        workers = machine.worker_count(chosen.workers, place.device)
+        here = place.rank, place.world, place.device
+        val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here)
         model, _ = build_arm(config, data.num_classes)
         model = _placed(model, config, place)
         found: dict[str, Accuracy] = {}
         for part, label in (("model", "raw"), ("ema", "ema")):
             if part in saved.tensors:
                 model.load_state_dict(saved.tensors[part])
-                batches = val(place.rank, place.world, place.device)
-                found[label] = evaluate(model, batches, len(data.val.labels), autocast(config, place.device))
+                found[label] = evaluate(model, val(), len(data.val.labels), autocast(config, place.device))
     return {"step": saved.step, "accuracy": found} if place.is_first else None
 
 
@@ -256,13 +255,11 @@ def _follow(
     return last or evaluate_state(config, state, around), None
 
 
-def _resume(state: State, store: Store, place: Place) -> None:
-    """Go on from the newest whole checkpoint; rank 0 looks first, because it puts a damaged one aside."""
-    saved = store.load() if place.is_first else None
+def _saved(store: Store, which: str, place: Place) -> Checkpoint | None:
+    """Load the newest whole checkpoint, or the best; rank 0 looks first, because it puts a damaged one aside."""
+    saved = store.load(which) if place.is_first else None
     barrier()
-    saved = saved if place.is_first else store.load()
-    if saved is not None:
-        restore(state, saved)
+    return saved if place.is_first else store.load(which)
 
 
 def _save_correct(path: Path, last: EvalRecord) -> None:

@@ -97,8 +97,8 @@ def test_validation_images_come_once_over_all_ranks(world):
     data = load_data(tiny().data)
     seen = []
     for rank in range(world):
-        val = ValBatches(tiny().data, data.val, batch=50, workers=0)
+        val = ValBatches(tiny().data, data.val, batch=20, workers=1, place=(rank, world, CPU))
         for _ in range(2):  # a second pass gives the same
-            positions = [int(i) for batch in val(rank, world, CPU) for i in batch.indices]
+            positions = [int(i) for batch in val() for i in batch.indices]
         seen += positions
     assert sorted(seen) == list(range(360))

@@ -40,13 +40,13 @@ class Bench:
         plan = self.plan
         share = RankShare(0, 1, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, self.state.step,
                           plan.total_steps)  # fmt: skip
-        val = ValBatches(self.config.data, self.data.val, 96, 0)
+        val = ValBatches(self.config.data, self.data.val, 96, 0, (0, 1, PLACE.device))
         return Surroundings(
             plan=plan,
             place=PLACE,
             clock=Clock(PLACE.device, self.config.global_batch),
             train=train or train_batches(self.config, self.data, share, PLACE.device, 0),
-            val=lambda: val(0, 1, PLACE.device),
+            val=val,
             num_val=360,
             store=self.store,
             sites=self.sites,

@@ -219,8 +219,17 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     )  # fmt: skip
 
 
-def test_ctrl_c_leaves_with_75_and_the_next_start_goes_on(tmp_path):
-    args = ["train", *TINY, "norm=ln", "epochs=40"]
+def is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("how", "code"), [("ctrl-c", 75), ("terminate", 75), ("kill", -signal.SIGKILL)])
+def test_stopping_leaves_no_process_and_no_noise(tmp_path, how, code):
+    args = ["train", *TINY, "norm=ln", "epochs=400", "machine.workers=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -228,11 +237,20 @@ def test_ctrl_c_leaves_with_75_and_the_next_start_goes_on(tmp_path):
         if list(tmp_path.glob("runs/*/checkpoints/step-*")):
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(process.pid, signal.SIGTERM if how == "terminate" else signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert "type the command again" in err
-    assert RunResult.load(only(tmp_path / "runs") / "result.json").status == "interrupted"
+    assert process.returncode == code, err
+    until = time.time() + 10
+    while is_alive(process.pid) and time.time() < until:
+        time.sleep(0.2)
+    assert not is_alive(process.pid)
+    if code == 75:
+        assert "type the command again" in err
+        assert "Traceback" not in err
+        assert RunResult.load(only(tmp_path / "runs") / "result.json").status == "interrupted"
 
 
 def test_compiled_blocks_train(tmp_path):
