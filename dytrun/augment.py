@@ -27,9 +27,9 @@ from dytrun.config import AugmentConfig, DataConfig
 Transform = Callable[[Image.Image], Tensor]
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Resized short side over centre crop in the reference's evaluation, and the size from which it warps instead
+# Centre crop over resized short side in the reference's evaluation, and the size from which it warps instead
 # (jiachenzhu/DyT, datasets.py).
-_RESIZE_OVER_CROP = 256 / 224
+_CROP_PCT = 224 / 256
 _WARP_FROM = 384
 
 
@@ -132,7 +132,7 @@ def _resize_and_crop(data: DataConfig) -> list:
     bicubic = InterpolationMode.BICUBIC
     if data.crop_pct is None and size >= _WARP_FROM:
         return [transforms.Resize((size, size), interpolation=bicubic)]
-    resized = round(size * _RESIZE_OVER_CROP) if data.crop_pct is None else int(size / data.crop_pct)
+    resized = int(size / (data.crop_pct or _CROP_PCT))
     return [transforms.Resize(resized, interpolation=bicubic), transforms.CenterCrop(size)]
 
 

@@ -62,8 +62,8 @@ class Store:
             self._point("BEST", step)
         self._forget()
 
-    def load(self, which: str = "LATEST") -> Checkpoint | None:
-        """Return the newest checkpoint that verifies (or the best); None where there is none at all.
+    def load(self) -> Checkpoint | None:
+        """Return the newest checkpoint that verifies; None where there is none at all.
 
         A damaged one is renamed to `*.corrupt` and the one before it taken.
 
@@ -71,17 +71,30 @@ class Store:
             UserError: there are checkpoints, and none of them is whole.
         """
         steps = sorted(self._steps(), reverse=True)
-        if which != "LATEST":
-            steps = [step for step in steps if step == self._pointed(which)]
         for step in steps:
             if self._verifies(step):
                 return self._read(step)
-            self._path(step).rename(self._path(step).with_suffix(".corrupt"))
+            aside = self._path(step).with_suffix(".corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._path(step).rename(aside)
         if steps or list(self.directory.glob("*.corrupt")):
             raise UserError(
                 f"{self.directory}: no checkpoint there is whole; remove the run's directory to train from the start"
             )
         return None
+
+    def look_up(self, name: str) -> Checkpoint:
+        """Return the checkpoint that `LATEST` or `BEST` points to, and touch nothing.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        step = self._pointed(name)
+        if step is None or not self._path(step).is_dir():
+            raise UserError(f"{self.directory}: no {name} checkpoint there; train the run first")
+        if not self._verifies(step):
+            raise UserError(f"{self._path(step)}: damaged (its files do not match its manifest); train the run again")
+        return self._read(step)
 
     def _read(self, step: int) -> Checkpoint:
         path = self._path(step)

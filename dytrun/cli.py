@@ -33,6 +33,9 @@ def main() -> int:
         for problem in error.problems:
             print(f"dytrun: {problem}", file=sys.stderr)
         return WRONG_INPUT
+    except BrokenPipeError:  # dytrun … | head
+        sys.stdout = None
+        return DONE
     except KeyboardInterrupt:
         print("dytrun: stopped", file=sys.stderr)
         return STOPPED
@@ -40,7 +43,7 @@ def main() -> int:
 
 def _main(args: list[str]) -> int:
     if args[:1] in (["--shell-completion"], ["-sc"]):
-        return _complete(args)
+        return _complete(args) if any(arg.startswith("query=") for arg in args) else _hydra("train", args, _no_task)
     if not args or args[0] in ("--help", "-h", "help"):
         print(usage())
         return DONE
@@ -49,7 +52,7 @@ def _main(args: list[str]) -> int:
         return DONE
     verb, *rest = args
     if verb not in COMMANDS:
-        from dytrun.config import near
+        from dytrun.validation import near
 
         raise UserError(
             f"'{verb}' is no command{near(verb, list(COMMANDS)) or ';'} the commands are {', '.join(COMMANDS)}"
@@ -60,7 +63,9 @@ def _main(args: list[str]) -> int:
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         if verb == "train":
             raise UserError(f"'{rest[0]}' is no key=value; see dytrun train --help")
-        rest[0] = f"dir='{rest[0]}'"
+        rest[0] = "dir='{}'".format(rest[0].replace("\\", "\\\\").replace("'", "\\'"))
+    if len(rest) > 1 and verb != "train" and (extra := [arg for arg in rest[1:] if arg in _MULTIRUN or _bare(arg)]):
+        raise UserError(f"{extra[0]}: dytrun {verb} takes one directory and key=value, and does not sweep")
     return {"train": _train, "eval": _eval, "report": _report}[verb](rest)
 
 
@@ -68,80 +73,48 @@ def _main(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    from dytrun import terminal
-
-    if any(arg in _SHOW for arg in args):
-        return _hydra("train", args, _no_task)
-    args = [_addable(arg) for arg in args]
+    if any(_flag(arg) in _SHOW for arg in args):
+        return _hydra("train", [arg for arg in args if arg not in _MULTIRUN], _no_task)
     configs = list(_expand(args))
-    if any(config.dry_run for config in configs):
-        # Hydra writes down every sweep that it runs; a dry run touches nothing.
-        with tempfile.TemporaryDirectory() as scratch:
-            return _hydra("train", [*args, f"hydra.sweep.dir={scratch}"], train_task)
-    code = _hydra("train", args, train_task, is_sweep=len(configs) > 1)
-    if len(configs) > 1 and code != STOPPED and os.environ.get("RANK", "0") == "0":
-        from dytrun import report
+    if len(configs) > 1 and "RANK" in os.environ:
+        raise UserError("-m: several runs under one torchrun cannot be told apart; leave torchrun out, dytrun starts "
+                        "its own ranks, or start one torchrun a run")  # fmt: skip
+    from dytrun import commands
 
-        found = report.build(Path(configs[0].runs_dir), "ln", 0.95)
-        _show_report(found, report)
-        terminal.line(f"{len(configs)} runs asked for; all runs of {configs[0].runs_dir} are in the table")
+    args = [_addable(arg) for arg in args]
+    # Hydra writes every sweep down; a run's identity is its science, so nobody needs that.
+    with tempfile.TemporaryDirectory() as scratch:
+        code = _hydra("train", [f"hydra.sweep.dir={scratch}", *args], train_task, is_sweep=len(configs) > 1)
+    if len(configs) > 1 and code != STOPPED and not configs[0].dry_run:
+        commands.close_sweep(Path(configs[0].runs_dir), len(configs))
     return code
 
 
 def train_task(cfg: Any) -> str:
-    """Train one composed configuration; what Hydra's launchers call, here or in a process of their own.
+    """Train one composed configuration and return its status; what Hydra's launchers call."""
+    from dytrun import commands
 
-    Returns the run's status.
-    """
-    from dytrun import launch, terminal
-
-    config = _validated("train", cfg)
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not config.dry_run and (result := launch.previous(config)) is not None:
-        if is_first:
-            terminal.line(f"{config.run_dir}: {result.status} already; remove the directory to train it again")
-            terminal.result(result)
-        return result.status
-    rows = launch.plan(config)
-    if is_first:
-        terminal.pairs("plan (nothing was touched)" if config.dry_run else "plan", rows)
-    if config.dry_run:
-        return "planned"
-    result = launch.train(config)
-    if is_first:
-        terminal.result(result)
-    return result.status
+    return commands.train(_validated("train", cfg))
 
 
 def _eval(args: list[str]) -> int:
-    if any(arg in _SHOW for arg in args):
+    if any(_flag(arg) in _SHOW for arg in args):
         return _hydra("eval", args, _no_task)
     config = next(_expand(args, "eval"))
-    from dytrun import launch, terminal
+    from dytrun import commands
 
-    found = launch.evaluate(config)
-    if found:
-        title = f"{config.dir}, {config.checkpoint} checkpoint (step {found['step']:,})"
-        terminal.accuracies(title, found["accuracy"])
+    commands.evaluate(config)
     return DONE
 
 
 def _report(args: list[str]) -> int:
-    if any(arg in _SHOW for arg in args):
+    if any(_flag(arg) in _SHOW for arg in args):
         return _hydra("report", args, _no_task)
     config = next(_expand(args, "report"))
-    from dytrun import report
+    from dytrun import commands
 
-    _show_report(report.build(Path(config.dir), config.baseline, config.confidence), report)
+    commands.show_report(Path(config.dir), config.baseline, config.confidence)
     return DONE
-
-
-def _show_report(found: Any, report: Any) -> None:
-    from dytrun import terminal
-
-    columns, rows = found.table()
-    terminal.table(f"runs in {found.directory}", columns, rows, report.notes(found))
-    terminal.line(f"{found.directory}/report.html and report.json written")
 
 
 def _no_task(cfg: Any) -> None:
@@ -169,8 +142,10 @@ def _hydra(verb: str, args: list[str], task: Callable[[Any], Any], is_sweep: boo
             failures.append(error)
 
     GlobalHydra.instance().clear()
-    options: dict[str, Any] = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
-    sys.argv = ["dytrun", *args]
+    options = _version_base()
+    # Hydra's parser wants its flags before the overrides.
+    flags = [arg for arg in args if arg.startswith("-") or arg == _config_dir(args)]
+    sys.argv = ["dytrun", *flags, *(arg for arg in args if arg not in flags)]
     try:
         with _raw_errors():
             hydra.main(config_path=str(CONF), config_name=verb, **options)(recorded)()
@@ -219,7 +194,7 @@ def _expand(args: Sequence[str], verb: str = "train") -> Iterator[Any]:
         if not Path(search).is_dir():
             raise UserError(f"--config-dir: {search} is no directory; give one that holds configuration groups")
         overrides.append(f"hydra.searchpath=[file://{Path(search).resolve()}]")
-    with _raw_errors(), initialize_config_dir(str(CONF), version_base="1.3"):
+    with _raw_errors(), initialize_config_dir(str(CONF), **_version_base()):
         try:
             parse = OverridesParser.create().parse_overrides
             first = _composed(compose, verb, [one[0] for one in _sweep(BasicSweeper, parse, overrides, [])])
@@ -243,6 +218,8 @@ def _sweep(sweeper: Any, parse: Any, overrides: list[str], params: list[str]) ->
     """Return, for each key, the `key=value` of each of its values; as Hydra's basic sweeper, later keys win."""
     by_key: dict[str, list[str]] = {}
     for override in parse([*params, *overrides]):
+        if not override.key_or_group:
+            raise UserError(f"{override.input_line}: no key before the '='; say key=value")
         batches = sweeper.split_arguments([override], None)
         by_key[override.get_key_element()] = [job[0] for batch in batches for job in batch]
     return list(by_key.values())
@@ -275,7 +252,8 @@ def _validated(verb: str, cfg: Any) -> Any:
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    from dytrun.config import EvalConfig, ReportConfig, RunConfig, validate
+    from dytrun.config import EvalConfig, ReportConfig, RunConfig
+    from dytrun.validation import validate
 
     with open_dict(cfg):
         cfg.pop("hydra", None)
@@ -302,7 +280,7 @@ def _raise_composition(error: Exception) -> None:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
-    from dytrun.config import near
+    from dytrun.validation import near
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -314,6 +292,21 @@ def _raise_composition(error: Exception) -> None:
         cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
         raise UserError(f"{str(error).splitlines()[0].rstrip('.')}{cause}; see dytrun train --help") from None
     raise error
+
+
+def _version_base() -> dict[str, Any]:
+    """Return the argument that Hydra 1.3 needs and 1.4 warns of."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
+
+
+def _flag(arg: str) -> str:
+    return arg.partition("=")[0]
+
+
+def _bare(arg: str) -> bool:
+    return "=" not in arg and not arg.startswith("-")
 
 
 @contextmanager

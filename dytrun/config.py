@@ -3,24 +3,20 @@
 Frozen pydantic models. `RunConfig` also says what a run *is*: its science, and the identity that follows from it.
 """
 
-import difflib
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from dytrun.errors import UserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 Pair = tuple[Positive, Positive]
 Rgb = tuple[float, float, float]
 # A slug is safe as a part of a path: the identity of a run is a directory name.
@@ -87,7 +83,7 @@ class AugmentConfig(BaseModel):
     ratio: Pair
     interpolation: Literal["bicubic", "bilinear", "random"]
     hflip: Fraction
-    rand_augment: Annotated[str, Field(pattern=r"^rand-[a-z0-9.-]+$")] | None
+    rand_augment: Annotated[str, Field(pattern=r"^rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]))+$")] | None
     color_jitter: NonNegative
     erase_prob: Fraction
     erase_mode: Literal["pixel", "rand", "const"]
@@ -147,7 +143,7 @@ class TrackingConfig(BaseModel):
     project: Slug
     entity: Slug | None
     group: Slug | None
-    tags: list[Slug]
+    tags: list[Annotated[Slug, Field(max_length=64)]]
     log_every_steps: Count
 
 
@@ -176,7 +172,7 @@ class RunConfig(BaseModel):
     machine: MachineConfig
     tracking: TrackingConfig
     checkpoint: CheckpointConfig
-    runs_dir: str
+    runs_dir: Annotated[str, Field(min_length=1)]
     dry_run: bool
 
     @model_validator(mode="after")
@@ -189,6 +185,9 @@ class RunConfig(BaseModel):
             )
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr: {self.optim.min_lr:g} is above optim.lr={self.optim.lr:g}; lower it")
+        for name, (low, high) in (("scale", self.augment.scale or (1, 1)), ("ratio", self.augment.ratio)):
+            if low > high or (name == "scale" and high > 1):
+                problems.append(f"augment.{name}: [{low:g}, {high:g}] is no range; give [smaller, larger]")
         if self.machine.devices == []:
             problems.append("machine.devices: an empty list; name a device or say auto")
         if problems:
@@ -206,6 +205,10 @@ class RunConfig(BaseModel):
             science["data"]["root"] = str(Path(self.data.root).resolve())
         else:
             del science["data"]["root"]
+        if self.data.name != "synthetic":
+            del science["data"]["num_train"]  # a plan's number; the data decides
+        if not self.ema.enabled:
+            del science["ema"]["decay"]
         return science
 
     @property
@@ -255,92 +258,5 @@ class ReportConfig(BaseModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
 
 
-Config = TypeVar("Config", RunConfig, EvalConfig, ReportConfig)
-
-
-def validate(schema: type[Config], values: Mapping[str, Any]) -> Config:
-    """Turn plain values into a typed configuration.
-
-    Raises:
-        UserError: all that is wrong at once, each problem with its dotted path.
-    """
-    targets = [f"{path}: {key} is refused; nothing is built from a name in a configuration" for path, key in
-               _instantiation_keys(values)]  # fmt: skip
-    try:
-        config = schema.model_validate(values)
-    except ValidationError as error:
-        known = list(_leaves(schema))
-        problems = [line for item in _by_path(error) for line in _problem(item, known)]
-        raise UserError(*targets, *problems) from None
-    if targets:
-        raise UserError(*targets)
-    return config
-
-
-def near(name: str, known: list[str]) -> str:
-    """Return `; did you mean 'x'?` for a name that is nearly one of `known`, else nothing."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
-
-
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _instantiation_keys(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the keys by which Hydra would be told to call something: `_target_` and its kin."""
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            here = f"{path}.{key}" if path else str(key)
-            if re.fullmatch(r"_\w+_", str(key)):
-                yield here, str(key)
-            yield from _instantiation_keys(value, here)
-    elif isinstance(values, list | tuple):
-        for index, value in enumerate(values):
-            yield from _instantiation_keys(value, f"{path}[{index}]")
-
-
-def _leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        options = getattr(field.annotation, "__args__", (field.annotation,))
-        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not nested:
-            yield f"{prefix}{name}"
-        for option in nested:
-            yield from _leaves(option, f"{prefix}{name}.")
-
-
-def _by_path(error: ValidationError) -> list[dict[str, Any]]:
-    """Return pydantic's findings with dotted paths; those on the members of one union are one finding."""
-    found: dict[str, dict[str, Any]] = {}
-    for item in error.errors():
-        # pydantic puts the chosen member of a union into the path; a user never typed it.
-        loc = [str(part) for part in item["loc"]]
-        if loc[:1] == ["norm"] and len(loc) > 2:
-            del loc[1]
-        path = ".".join(
-            part for part in loc if not re.match(r"(literal|constrained|list|int|bool|float|tuple)\b", part)
-        )
-        if path in found and item["type"] != "value_error":
-            found[path]["msg"] += f", or {item['msg'][0].lower()}{item['msg'][1:]}"
-        else:
-            found[path or str(len(found))] = {**item, "path": path}
-    return list(found.values())
-
-
-def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
-    """One line for one finding: path, value, what is allowed or nearly meant."""
-    path = error["path"]
-    if re.fullmatch(r".*\b_\w+_", path):
-        return  # named already, as an instantiation key
-    if error["type"] == "extra_forbidden":
-        section = [name for name in known if name.startswith(path.rpartition(".")[0])]
-        yield f"{path}: no such key{near(path, section) or near(path, known)}"
-    elif error["type"] == "missing":
-        yield f"{path}: a value is needed; say {path}=…"
-    elif error["type"] == "value_error":
-        yield from str(error["ctx"]["error"]).splitlines()
-    elif error["type"] == "union_tag_invalid":
-        yield f"{path}.name: {error['ctx']['tag']!r} is none of {error['ctx']['expected_tags']}"
-    else:
-        yield f"{path}: {error['input']!r} is not allowed ({error['msg'][0].lower()}{error['msg'][1:]})"

@@ -73,7 +73,7 @@ class ValBatches:
     def __call__(self) -> Iterator[Batch]:
         """Yield the batches, on the device."""
         for images, labels, indices in _readable(iter(self._loader)):
-            yield Batch(images.to(self._device, non_blocking=True), labels.to(self._device), indices.to(self._device))
+            yield Batch(*(part.to(self._device, non_blocking=True) for part in (images, labels, indices)))
 
 
 class RankShare(NamedTuple):

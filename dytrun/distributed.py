@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def session(devices: list[int] | None, timeout_s: int) -> Iterator[Place]:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    try:
-        yield Place(rank, world, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+    yield Place(rank, world, device)
+    # Not after an error: to close its connections would make the other ranks fail, and hide the one that did.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -68,6 +68,14 @@ def all_sum(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Make the floating-point buffers of a model (BatchNorm's statistics) their mean over all ranks, in place."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(all_sum(buffer.clone()) / world_size())
 
 
 def barrier() -> None:

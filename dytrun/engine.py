@@ -5,6 +5,7 @@ or gradient that is not finite still never reaches the weights, because the devi
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dytrun import optim
 from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import RunConfig
-from dytrun.distributed import Place, all_sum
+from dytrun.distributed import Place, all_sum, average_buffers
 from dytrun.evaluate import evaluate
 from dytrun.records import Accuracy, EvalRecord, Record, Speed, TrainRecord
 from dytrun.throughput import Clock
@@ -30,12 +31,15 @@ _SYNC_BUFFERS = (
     else "broadcast_buffers"
 )
 
+# Below it fp16 has overflowed a hundred times in a row.
+_SMALLEST_LOSS_SCALE = 2.0**-30
+
 # (images, targets, indices), as data.Batch
 Micro = tuple[Tensor, Tensor, Tensor]
 
 
 class Diverged(Exception):
-    """A loss or a gradient was not finite. The weights are those before that step."""
+    """A loss or a gradient was not finite; without fp16's loss scaling the weights are those before that step."""
 
 
 @dataclass
@@ -57,6 +61,8 @@ class State:
     step: int = 0
     best: Best = field(default_factory=Best)
     train_seconds: float = 0.0
+    speed: dict[str, float | None] = field(default_factory=dict)
+    """Figures up to the last checkpoint, for a run that is taken up with nothing left to train."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,9 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
                 is_best = record.raw.top1 > state.best.top1
                 if is_best:
                     state.best = Best(record.raw.top1, state.step // plan.steps_per_epoch)
+                # Written down before the checkpoint: a run that is killed in between does the epoch again.
+                yield record
                 _save(config, state, around, is_best)
-            yield record
 
 
 def train_step(net: nn.Module, state: State, config: RunConfig, around: Surroundings, window: "_Window") -> None:
@@ -148,6 +155,14 @@ def distribute(model: nn.Module, place: Place) -> nn.Module:
     return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
 
 
+def speed_so_far(state: State, clock: Clock) -> dict[str, float | None]:
+    """Return the clock's figures since this start, or those of the start before it if there are none yet."""
+    figures: dict[str, float | None] = {
+        name: value if math.isfinite(value) else None for name, value in clock.total().items()
+    }
+    return figures if figures["images_per_s"] is not None else state.speed or figures
+
+
 def restore(state: State, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights, optimizer, EMA, scaler and counters into `state`, strictly."""
     state.model.load_state_dict(checkpoint.tensors["model"])
@@ -159,11 +174,17 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = value
     state.optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
+    # They were saved contiguous; the fused kernel pairs elements by memory, so they need the layout of their weights.
+    for parameter, values in state.optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint.state["scaler"])
     state.step = checkpoint.step
     state.best = Best(**checkpoint.state["best"])
     state.train_seconds = checkpoint.state["train_seconds"]
+    state.speed = checkpoint.state["speed"]
 
 
 class _Window:
@@ -190,7 +211,7 @@ def _optimizer_step(state: State, config: RunConfig, loss: Tensor, window: _Wind
     """Clip and step, unless the loss or the gradient is not finite now or was before.
 
     The same everywhere: gradients and `loss` are averages over all ranks. With fp16 a gradient may overflow now and
-    then; the scaler skips that step and lowers its scale, and only the loss tells a divergence.
+    then; the scaler skips those steps alone and lowers its scale, and the loss or a vanished scale tells a divergence.
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     state.scaler.unscale_(state.optimizer)
@@ -226,6 +247,8 @@ def _train_record(config: RunConfig, state: State, around: Surroundings, window:
             f"loss or gradient not finite at step {int(bad_step)} (mean loss of its window {loss:g}, "
             f"gradient norm {grad_norm:g})"
         )
+    if state.scaler.is_enabled() and state.scaler.get_scale() < _SMALLEST_LOSS_SCALE:
+        raise Diverged(f"every gradient overflows fp16 by step {state.step}, however small the loss is scaled")
     return TrainRecord(
         step=state.step,
         epoch=state.step / around.plan.steps_per_epoch,
@@ -243,6 +266,8 @@ def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> Eva
     """Evaluate the raw and, if there are, the EMA weights over the whole validation split."""
 
     def accuracy(model: nn.Module) -> Accuracy:
+        # The statistics of a BatchNorm that was left are each rank's own; from here on all have the same.
+        average_buffers(model)
         return evaluate(model, around.val(), around.num_val, autocast(config, around.place.device))
 
     return EvalRecord(
@@ -271,6 +296,7 @@ def _save(config: RunConfig, state: State, around: Surroundings, is_best: bool) 
             "best": vars(state.best),
             "scaler": state.scaler.state_dict(),
             "train_seconds": state.train_seconds + around.clock.train_seconds,
+            "speed": speed_so_far(state, around.clock),
         },
         is_best,
     )

@@ -7,23 +7,30 @@ torch is imported only where it is needed, so that a finished run is recognised 
 """
 
 import contextlib
+import fcntl
+import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import select
+import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dytrun.config import EvalConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.records import RunResult, write_json
+
+# What stands in the traceback of a rank that fails because another has.
+_LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
 
 
 class Failed(Exception):
@@ -68,19 +75,20 @@ def train(config: RunConfig) -> RunResult:
 
     if distributed.joined():
         # Every rank has composed the same configuration from the same command line.
-        if distributed.first_here():
-            _write_config(config)
-        run.train_here(config, config.run_dir)
+        with _owned(config) if distributed.first_here() else contextlib.nullcontext():
+            run.train_here(config, config.run_dir)
         return RunResult.load(config.run_dir / "result.json")
-    _write_config(config)
     _, world = machine.resolve_devices(config.machine.devices)
-    try:
-        _start(run.train_rank, (str(config.run_dir.resolve()),), world)
-    except (Failed, Stopped) as error:
-        status = "failed" if isinstance(error, Failed) else "interrupted"
-        message = str(error).splitlines()[0]
-        RunResult(status=status, message=message, **run.identity(config)).save(config.run_dir / "result.json")
-        raise
+    with _owned(config):
+        try:
+            _start(run.train_rank, (str(config.run_dir.resolve()),), world)
+        except (Failed, Stopped) as error:
+            # The rank may have been done, and only the upload to W&B cut short.
+            if previous(config) is None:
+                status = "failed" if isinstance(error, Failed) else "interrupted"
+                result = RunResult(status=status, message=str(error).splitlines()[0], **run.identity(config))
+                result.save(config.run_dir / "result.json")
+            raise
     return RunResult.load(config.run_dir / "result.json")
 
 
@@ -153,7 +161,7 @@ def _start(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
             return elastic_launch(config, _rank)(os.getpid(), entry, *args)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise _translated(rank, failure.message) from None
+            raise _first_cause(Path(logs)) or Failed(f"rank {rank} died: {failure.message}") from None
         except (SignalException, KeyboardInterrupt) as error:
             raise Stopped(f"stopped by {type(error).__name__} ({error})") from None
 
@@ -161,31 +169,42 @@ def _start(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
 def _rank(launcher: int, entry: Callable[..., Any], *args: Any) -> Any:
     """Run `entry` in a process that ends with its launcher, however that ends."""
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
+    # At once and without a traceback. A shell's background job ignores SIGINT, and its children would too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     return entry(*args)
 
 
 def _leave_with(pid: int) -> None:
     """End this process when process `pid` does."""
     try:
-        if hasattr(os, "pidfd_open"):
-            select.select([os.pidfd_open(pid)], [], [])
-        else:
+        select.select([os.pidfd_open(pid)], [], [])
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):  # not Linux, or not allowed here
+        with contextlib.suppress(ProcessLookupError):
             while True:
                 os.kill(pid, 0)
                 time.sleep(1)
-    except ProcessLookupError:
-        pass
     os._exit(1)
 
 
-def _translated(rank: int, message: Any) -> Exception:
-    """Turn what the first failing rank left behind into our exception."""
-    if not isinstance(message, dict):
-        return Failed(f"rank {rank} died: {message}")
-    first, text = message["message"], message["extraInfo"]["py_callstack"]
-    if first.startswith("UserError: "):
-        return UserError(*first.removeprefix("UserError: ").splitlines())
-    return Failed(f"rank {rank}: {first.splitlines()[0]}\n{text}")
+def _first_cause(logs: Path) -> Exception | None:
+    """Turn what failing ranks left behind into our exception; None where none could write anything.
+
+    A rank that fails makes the others fail in their next collective; torchelastic reports whichever it sees first,
+    so the one that did not fail for want of another is looked for.
+    """
+    found: list[tuple[int, str, str, str]] = []
+    for path in logs.glob("**/error.json"):
+        message = json.loads(path.read_text())["message"]
+        first, text = message["message"], message["extraInfo"]["py_callstack"]
+        if first.startswith("UserError: "):
+            return UserError(*first.removeprefix("UserError: ").splitlines())
+        found.append((int(any(sign in text for sign in _LOST_PEER)), path.parent.name, first, text))
+    if not found:
+        return None
+    _, rank, first, text = min(found)
+    return Failed(f"rank {rank}: {(first.splitlines() or [''])[0]}\n{text}")
 
 
 @contextlib.contextmanager
@@ -195,9 +214,28 @@ def _quiet():
         yield
 
 
-def _write_config(config: RunConfig) -> None:
+@contextlib.contextmanager
+def _owned(config: RunConfig) -> Iterator[None]:
+    """Take the run's directory for this process, and write the configuration there.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: the directory cannot be written, or another process trains there.
+    """
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (config.run_dir / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"{config.run_dir}: {lock.read().strip()} trains there; wait for it, or stop it") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
         write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
     except OSError as error:
         raise UserError(f"runs_dir: {config.run_dir} cannot be written ({error.strerror}); choose another") from None
+    with lock:
+        yield

@@ -37,6 +37,8 @@ def prepare_torch(machine: MachineConfig, device: torch.device) -> None:
     # The reference trains its float32 in TF32 (main.py); on the CPU this changes nothing.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not machine.deterministic
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
     torch.use_deterministic_algorithms(machine.deterministic)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread too many costs more than it brings: it waits for the core that a loader process is on.

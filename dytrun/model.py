@@ -4,11 +4,13 @@ from typing import Literal
 
 import timm
 import torch
+import torch._dynamo
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dytrun.config import ModelConfig, near
+from dytrun.config import ModelConfig
 from dytrun.errors import UserError
+from dytrun.validation import near
 
 
 def build_model(model: ModelConfig, num_classes: int, image_size: int, device: str = "cpu") -> nn.Module:
@@ -21,6 +23,8 @@ def build_model(model: ModelConfig, num_classes: int, image_size: int, device: s
     """
     _check_name(model.name)
     kwargs = dict(model.kwargs)
+    if model.drop_path is not None and "drop_path_rate" in kwargs:
+        raise UserError("model.kwargs.drop_path_rate: say model.drop_path instead; it is set too")
     if model.drop_path is not None:
         kwargs["drop_path_rate"] = model.drop_path
     pretrained_cfg = get_pretrained_cfg(model.name)
@@ -34,19 +38,39 @@ def build_model(model: ModelConfig, num_classes: int, image_size: int, device: s
     try:
         with torch.device(device):
             module = timm.create_model(model.name, pretrained=False, num_classes=num_classes, **kwargs)
-    except (TypeError, AssertionError, ValueError) as error:
+    except Exception as error:  # what a model raises for an argument that it cannot use is anything
         raise UserError(
-            f"model: timm cannot build {model.name} with {kwargs} ({error}); mend model.kwargs or model.drop_path"
+            f"model: timm cannot build {model.name} with {kwargs} ({type(error).__name__}: {_first_line(error)}); "
+            "mend model.kwargs or model.drop_path"
         ) from error
     _check_patches(module, model.name, image_size)
     return module
 
 
+def check_forward(module: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+    """Send an empty batch through a model on the meta device.
+
+    Raises:
+        UserError: it does not turn RGB images of that size into one number a class.
+    """
+    try:
+        shape = getattr(module(torch.empty(2, 3, image_size, image_size, device="meta")), "shape", None)
+    except Exception as error:
+        if "meta" in str(error):
+            return  # a model that reads values on its way; it will say itself what it cannot do
+        raise UserError(
+            f"model: {name} cannot take RGB images of {image_size} px ({type(error).__name__}: {_first_line(error)}); "
+            "mend model.kwargs or data.image_size"
+        ) from error
+    if shape != (2, num_classes):
+        raise UserError(f"model: {name} does not give {num_classes} numbers an image; mend model.kwargs")
+
+
 def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> None:
     """Compile a model in place, whole or block by block.
 
-    `blocks`: identical blocks share their compiled code, and the gradients of a block are ready when its backward
-    ends, so that DDP can send them while the next one computes.
+    `blocks`: blocks that are alike in all but weights share their compiled code, and the gradients of a block are
+    ready when its backward ends, so that DDP can send them while the next one computes.
 
     Raises:
         UserError: the model has no `blocks`.
@@ -56,6 +80,9 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
     if how == "blocks":
         lists = [item for name, item in module.named_modules() if name.rpartition(".")[2] == "blocks"]
         blocks = [block for item in lists if isinstance(item, nn.Sequential | nn.ModuleList) for block in item]
+        # Blocks with drop-path rates of their own, and training and evaluation, are compiled apart; past the limit
+        # torch would run the rest uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
         if not blocks:
             raise UserError(
                 "machine.compile: this model has no blocks to compile one by one; say machine.compile=model"
@@ -66,7 +93,7 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
 
 def _check_name(name: str) -> None:
     names = timm.list_models()
-    if name.partition(".")[0] not in names:
+    if name not in names:
         raise UserError(f"model.name: timm {timm.__version__} has no model '{name}'{near(name, names)}")
 
 
@@ -78,3 +105,7 @@ def _check_patches(module: nn.Module, name: str, image_size: int) -> None:
                 f"data.image_size: {image_size} is no multiple of the patch size {side} of {name}; "
                 f"set data.image_size or model.kwargs.patch_size"
             )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -39,12 +39,7 @@ def plan_steps(config: RunConfig, num_train: int, world: int) -> Plan:
     if batch % world:
         raise UserError(f"global_batch: {batch} cannot be split over {world} ranks; choose a multiple of {world}")
     share = batch // world
-    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= (limit or share))
-    if config.augment.mixes and share // accumulation % 2:
-        raise UserError(
-            f"augment.mixup: images are mixed in pairs, but a micro-batch has {share // accumulation}; make "
-            "global_batch / ranks / machine.max_batch_per_rank even, or set augment.mixup=0 augment.cutmix=0"
-        )
+    accumulation = _accumulation(share, min(limit or share, share), config.augment.mixes)
     steps_per_epoch = num_train // batch
     return Plan(
         steps_per_epoch=steps_per_epoch,
@@ -53,6 +48,22 @@ def plan_steps(config: RunConfig, num_train: int, world: int) -> Plan:
         batch_per_rank=share // accumulation,
         accumulation=accumulation,
     )
+
+
+def _accumulation(share: int, limit: int, in_pairs: bool) -> int:
+    """Return the fewest micro-batches of equal size, at most `limit`, that make a rank's share of the global batch."""
+    sizes = [size for size in range(limit, 0, -1) if share % size == 0 and not (in_pairs and size % 2)]
+    if not sizes:
+        raise UserError(
+            f"augment.mixup: images are mixed in pairs, and a rank's {share} images of the global batch are an odd "
+            "number; change global_batch or the ranks, or set augment.mixup=0 augment.cutmix=0"
+        )
+    if 4 * sizes[0] < limit:
+        raise UserError(
+            f"machine.max_batch_per_rank: a rank's {share} images of the global batch split into equal micro-batches "
+            f"of {sizes[0]} at most, far below the limit of {limit}; change global_batch or the limit"
+        )
+    return share // sizes[0]
 
 
 def lr_at(step: int, optim: OptimConfig, plan: Plan) -> float:

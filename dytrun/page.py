@@ -1,9 +1,9 @@
 """A report → one HTML file that needs no network: table, verdicts, curves."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -20,7 +20,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .verdict { font-size: 1.15rem; padding: .6rem 1rem; border-left: 4px solid #0072B2; background: var(--soft); }
-.chart { min-height: 380px; }
+.chart { min-height: 440px; }
 """
 
 
@@ -36,23 +36,23 @@ class Curve(NamedTuple):
 
 
 def write(
-    path: Path, report: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], curves: list[Curve]
+    path: Path,
+    verdicts: Sequence[str],
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    remarks: Sequence[str],
+    curves: list[Curve],
 ) -> None:
     """Write the page whole or not at all."""
-    verdicts = [
-        f"{pair['model']} on {pair['data']}: {verdict}" for pair in report["pairs"] for verdict in pair["verdicts"]
-    ]
     parts = [
         "<h1>dytrun report</h1>",
         *(f"<p class=verdict>{html.escape(verdict)}</p>" for verdict in verdicts),
         '<div class=scroll tabindex=0 role=region aria-label="Table of results">',
-        _table(columns, rows),
+        _table(*table),
         "</div>",
-        *(f"<p>Speed and memory measured on {html.escape(device)}.</p>" for device in _devices(report)),
-        *(f"<p>Not compared: {html.escape(reason)}</p>" for reason in report["refused"]),
+        *(f"<p>{html.escape(remark)}</p>" for remark in remarks),
         *_charts(curves),
     ]
-    page = (
+    text = (
         "<!doctype html>\n<html lang=en>\n<head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1"><title>dytrun report</title>'
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>\n"
@@ -60,7 +60,7 @@ def write(
         + "\n</body>\n</html>\n"
     )
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page)
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -104,17 +104,14 @@ def _figure(curves: list[Curve], title: str) -> go.Figure:
     figure.update_layout(
         title=title,
         xaxis_title="epoch",
-        height=380,
-        margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        height=440,
+        margin={"l": 60, "r": 20, "t": 50, "b": 90},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#888"},
         hovermode="x unified",
+        legend={"orientation": "h", "yanchor": "top", "y": -0.18},
     )
     figure.update_xaxes(gridcolor="#8884", zeroline=False)
     figure.update_yaxes(gridcolor="#8884", zeroline=False)
     return figure
-
-
-def _devices(report: Mapping[str, Any]) -> list[str]:
-    return sorted({device for pair in report["pairs"] for arm in pair["arms"] for device in arm["device"]})

@@ -136,6 +136,8 @@ class RunResult:
     """Which implementation computed the norms, eager or compiled."""
     device: str | None = None
     ranks: int | None = None
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """What a speed depends on besides the device: micro-batch, loader processes, compilation, memory format."""
     data_fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None

@@ -15,8 +15,10 @@ from dytrun.stats import Difference, Sample, paired_difference, sample
 # From this share of waiting on, a speed says more about the loader than about the norm.
 _DATA_BOUND = 0.1
 
-COLUMNS = ("model", "data", "norm", "n", "top-1 %", "difference to baseline", "EMA top-1 %", "images/s", "× baseline",
-           "peak GiB", "data wait", "norm implementation")  # fmt: skip
+COLUMNS = (
+    "pair", "model", "data", "norm", "n", "top-1 %", "difference to baseline", "EMA top-1 %", "images/s", "× baseline",
+           "peak GiB", "data wait", "norm implementation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ class Report:
         used = [number for number in range(len(COLUMNS)) if any(row[number] not in ("", "–") for row in rows)]
         return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in rows]
 
+    def verdicts(self) -> list[str]:
+        """Return a sentence for each arm that was compared with the baseline."""
+        return [f"{pair.model} on {pair.data} (pair {pair.pair_id}): {verdict}" for pair in self.pairs
+                for verdict in pair.verdicts]  # fmt: skip
+
+    def remarks(self) -> list[str]:
+        """Return what belongs under the table: where speeds were measured, and what was not compared."""
+        arms = [arm for pair in self.pairs for arm in pair.arms]
+        devices = sorted({device for arm in arms for device in arm.device})
+        lines = [f"Speed and memory were measured on: {device}" for device in devices]
+        if max((arm.data_wait_frac or 0 for arm in arms), default=0) > _DATA_BOUND:
+            lines.append(
+                "Where the data wait is large, the images/s may say more about the loader than about the norm."
+            )
+        return lines + [f"Not compared: {reason}" for reason in self.refused]
+
 
 def build(directory: Path, baseline: str, confidence: float) -> Report:
     """Read the runs of a directory, pair them, and write report.json and report.html beside them.
@@ -102,8 +120,7 @@ def build(directory: Path, baseline: str, confidence: float) -> Report:
         refused += _missing_twin(members, baseline, runs)
     report = Report(str(directory), baseline, confidence, pairs, refused)
     write_json(directory / "report.json", asdict(report))
-    columns, rows = report.table()
-    page.write(directory / "report.html", asdict(report), columns, rows, _curves(pairs, runs))
+    page.write(directory / "report.html", report.verdicts(), report.table(), report.remarks(), _curves(pairs, runs))
     return report
 
 
@@ -124,6 +141,10 @@ def load_runs(directory: Path) -> tuple[list[Run], list[str]]:
             problems.append(f"{name}: no result yet (running, or stopped: type its command again)")
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"{name}: its files cannot be read ({error}); train it again")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no directory; give the one that holds the runs: dytrun report [DIR]")
+    if (directory / "config.json").is_file():
+        raise UserError(f"{directory}: a run, not a directory of runs; say dytrun report {directory.parent}")
     if not runs:
         more = f"; {problems[0]}" if problems else ""
         raise UserError(f"{directory}: no finished run there{more}; give a directory of runs, or train one: "
@@ -142,16 +163,19 @@ def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) ->
     by_arm: dict[str, list[Run]] = {}
     for run in members:
         by_arm.setdefault(_label(run.result), []).append(run)
+    first = members[0].result
     # A norm with several settings is no baseline: it is not one arm.
     candidates = [label for label, runs in by_arm.items() if runs[0].result.norm == baseline]
     chosen = candidates[0] if len(candidates) == 1 else None
     base = by_arm[chosen] if chosen else []
     ordered = sorted(by_arm.items(), key=lambda item: (item[0] != chosen, item[0]))
     arms = [_arm(label, runs, [] if label == chosen else base, confidence) for label, runs in ordered]
-    first = members[0].result
-    data = first.science["data"]["name"]
     verdicts = [_verdict(arm, str(chosen)) for arm in arms if arm.label != chosen and base]
-    return Pair(pair_id, first.model, data, arms, verdicts)
+    splits = {(run.result.ranks, run.result.machine.get("batch_per_rank")) for run in members if run.result.machine}
+    if verdicts and len(splits) > 1 and (first.science["augment"]["mixup"] or first.science["augment"]["cutmix"]):
+        verdicts.append("Its runs split the batch differently over ranks or micro-batches, so images were mixed with "
+                        "other partners: the arms differ in that too.")  # fmt: skip
+    return Pair(pair_id, first.model, first.science["data"]["name"], arms, verdicts)
 
 
 def _arm(label: str, runs: list[Run], base: list[Run], confidence: float) -> Arm:
@@ -186,7 +210,9 @@ def _verdict(arm: Arm, baseline: str) -> str:
         return f"{arm.label} against {baseline}: no seed has a finished run of both."
     size = f"{arm.label} is {abs(found.mean):.2f} points {'above' if found.mean >= 0 else 'below'} {baseline} in top-1"
     if found.low is None or found.high is None:
-        return f"{size} with one seed (n = 1): that says nothing about chance. Train more seeds."
+        if found.n == 1:
+            return f"{size} with one seed (n = 1): that says nothing about chance. Train more seeds."
+        return f"{size} for each of n = {found.n} seeds alike: no interval can be had. Train more seeds."
     interval = f"{100 * found.confidence:.0f} % interval {found.low:+.2f} to {found.high:+.2f}, n = {found.n} seeds"
     if found.is_beyond_chance:
         return f"{size} ({interval}): larger than chance."
@@ -215,9 +241,10 @@ def _row(pair: Pair, arm: Arm) -> list[str]:
     if found is not None and found.low is not None:
         gap += f" [{found.low:+.2f}, {found.high:+.2f}]"
     elif found is not None:
-        gap += " (n = 1)"
+        gap += f" (n = {found.n})"
     unfinished = ", ".join(f"{count} {status}" for status, count in sorted(arm.status.items()) if status != "finished")
     return [
+        pair.pair_id,
         pair.model,
         pair.data,
         arm.label,
@@ -231,17 +258,6 @@ def _row(pair: Pair, arm: Arm) -> list[str]:
         f"{100 * arm.data_wait_frac:.0f} %" if arm.data_wait_frac is not None else "–",
         "; ".join(arm.norm_impl),
     ]
-
-
-def notes(report: Report) -> list[str]:
-    """Return the sentences that belong under the table."""
-    lines = [f"{pair.model} on {pair.data}: {verdict}" for pair in report.pairs for verdict in pair.verdicts]
-    devices = sorted({device for pair in report.pairs for arm in pair.arms for device in arm.device})
-    lines += [f"Speed and memory were measured on: {device}" for device in devices]
-    waits = [arm.data_wait_frac or 0 for pair in report.pairs for arm in pair.arms]
-    if max(waits, default=0) > _DATA_BOUND:
-        lines.append("Where the data wait is large, the images/s say more about the loader than about the norm.")
-    return lines + [f"Not compared: {reason}" for reason in report.refused]
 
 
 def _curves(pairs: list[Pair], runs: list[Run]) -> list[page.Curve]:
@@ -266,8 +282,7 @@ def _label(result: RunResult) -> str:
 
 def _setting(result: RunResult) -> tuple[Any, ...]:
     """What must be equal for two speeds to be comparable."""
-    compiled = (result.norm_impl or "").rpartition(", ")[2]
-    return result.device, result.ranks, compiled, result.versions.get("torch")
+    return result.device, result.ranks, result.versions.get("torch"), *sorted(result.machine.items())
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -19,19 +19,30 @@ from torch import nn
 
 import dytrun
 from dytrun import augment, convert, machine, norm, optim
-from dytrun.checkpoint import Checkpoint, Store
-from dytrun.config import EvalConfig, RunConfig, validate
+from dytrun.checkpoint import Store
+from dytrun.config import EvalConfig, RunConfig
 from dytrun.data import INIT, RankShare, ValBatches, train_batches
 from dytrun.distributed import Place, barrier, session
-from dytrun.engine import Diverged, State, Surroundings, autocast, build_state, evaluate_state, fit, restore
+from dytrun.engine import (
+    Diverged,
+    State,
+    Surroundings,
+    autocast,
+    build_state,
+    evaluate_state,
+    fit,
+    restore,
+    speed_so_far,
+)
 from dytrun.errors import UserError
 from dytrun.evaluate import evaluate
-from dytrun.model import build_model, compile_model
+from dytrun.model import build_model, check_forward, compile_model
 from dytrun.records import Accuracy, EvalRecord, Record, RunResult
 from dytrun.sources import Data, load_data
 from dytrun.terminal import Display
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
+from dytrun.validation import validate
 
 
 def train_rank(run_dir: str) -> None:
@@ -53,8 +64,7 @@ def train_here(config: RunConfig, directory: Path) -> None:
         model = _placed(model, config, place)
         state = build_state(model, config, place.device)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
-        if (saved := _saved(store, "LATEST", place)) is not None:
-            restore(state, saved)
+        _resume(state, store, place)
         compile_model(model, config.machine.compile)
         clock = Clock(place.device, config.global_batch)
         workers = machine.worker_count(config.machine.workers, place.device)
@@ -72,16 +82,17 @@ def train_here(config: RunConfig, directory: Path) -> None:
             store=store,
             sites=[site.name for site in sites] if config.norm.name != "ln" else [],
         )
-        result = facts(config, place, data, model, len(sites))
+        result = facts(config, place, data, model) | {
+            "num_norm_sites": len(sites),
+            "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
+            | {"batch_per_rank": plan.batch_per_rank, "accumulation": plan.accumulation, "workers": workers},
+        }
         if not place.is_first:
             _follow(fit(config, state, around), config, state, around, None)
             barrier()
             return
-        tracker = Tracker(config, directory, state.step)
         display = Display(config.run_name, plan.total_steps, state.step)
-        for note in tracker.notes:
-            display.note(note)
-        ended = None
+        tracker, ended = Tracker(config, directory, state.step, display.note), None
         try:
             last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
             ended = RunResult(**result, **outcome(state, around, last, message))
@@ -105,9 +116,7 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
         machine.prepare_torch(config.machine, place.device)
         data = load_data(config.data)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
-        saved = _saved(store, "BEST" if chosen.checkpoint == "best" else "LATEST", place)
-        if saved is None:
-            raise UserError(f"{directory}: no {chosen.checkpoint} checkpoint to evaluate; train the run first")
+        saved = store.look_up("BEST" if chosen.checkpoint == "best" else "LATEST")
         workers = machine.worker_count(chosen.workers, place.device)
         here = place.rank, place.world, place.device
         val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here)
@@ -128,8 +137,9 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
         UserError: whatever would stop the run before its first step.
     """
     _, world = machine.resolve_devices(config.machine.devices)
-    nominal = config.dry_run and config.data.name == "imagenet" and not config.data.root
-    if nominal:
+    # The model first: it can be wrong without any data at hand.
+    model, sites = build_arm(config, config.data.num_classes or 2, device="meta")
+    if config.dry_run and config.data.name == "imagenet" and not config.data.root:
         num_train, num_classes = config.data.num_train or 0, config.data.num_classes or 0
         images = f"{num_train:,} training images, {num_classes} classes (data.root is not set: needed to train)"
     else:
@@ -137,8 +147,10 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
         num_train, num_classes = len(data.train.labels), data.num_classes
         images = f"{num_train:,} training and {len(data.val.labels):,} validation images, {num_classes} classes"
     plan = optim.plan_steps(config, num_train, world)
-    model, sites = build_arm(config, num_classes, device="meta")
-    num_params, num_twin = _num_params(model), len(sites) if config.norm.name == "ln" else -len(sites)
+    if config.data.num_classes is None:
+        model, sites = build_arm(config, num_classes, device="meta")
+    check_forward(model, config.model.name, num_classes, config.data.image_size)
+    num_params = _num_params(model)
     left = convert.norms_left(model)
     kinds = sorted({site.kind.rpartition(".")[2] for site in sites})
     verb = "LayerNorm sites kept" if config.norm.name == "ln" else "sites converted to DyT"
@@ -148,15 +160,14 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("model", f"{config.model.name}: {num_params:,} parameters, {config.data.image_size} px"),
         ("norm", f"{config.norm.name}: {len(sites)} {verb} ({', '.join(kinds) or 'none'}); left alone: "
          + (", ".join(f"{count} {kind}" for kind, count in left.items()) or "none")),
-        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; the twin with norm="
-         f"{'dyt' if config.norm.name == 'ln' else 'ln'} has {num_params + num_twin:,} parameters"),
+        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_twin(config, model, len(sites))}"),
         ("data", f"{config.data.name}: {images}"),
         ("steps", f"{plan.total_steps:,} = {config.epochs} epochs × {plan.steps_per_epoch}"),
         ("batch", f"{config.global_batch} = {world} rank(s) × {plan.accumulation} micro-batch(es) × "
          f"{plan.batch_per_rank}"),
         ("schedule", f"AdamW, lr 0 → {optimizer.lr:g} in {plan.warmup_steps:,} steps, cosine → {optimizer.min_lr:g}, "
          f"weight decay {optimizer.weight_decay:g}, betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}"),
-        *_advice(config),
+        *_advice(config, plan),
     ]  # fmt: skip
 
 
@@ -181,13 +192,12 @@ def load_config(run_dir: Path) -> RunConfig:
         raise UserError(f"{run_dir}: no run there (config.json: {error}); give the directory of a run") from None
 
 
-def facts(config: RunConfig, place: Place, data: Data, model: nn.Module, num_sites: int) -> dict[str, Any]:
+def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict[str, Any]:
     """Return the fields of a result that are known before the first step."""
     compiled = {"off": "eager", "blocks": "compiled block by block", "model": "compiled whole"}[config.machine.compile]
     commit, dirty = machine.commit()
     return identity(config) | {
         "num_params": _num_params(model),
-        "num_norm_sites": num_sites,
         "norm_impl": f"{'F.layer_norm' if config.norm.name == 'ln' else norm.FORMULA}, {compiled}",
         "device": machine.device_name(place.device),
         "ranks": place.world,
@@ -217,7 +227,6 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 def outcome(state: State, around: Surroundings, last: EvalRecord | None, message: str | None) -> dict[str, Any]:
     """Return the fields of a result that training gave."""
-    speed = {name: value if np.isfinite(value) else None for name, value in around.clock.total().items()}
     values: dict[str, Any] = {
         "status": "finished" if message is None else "diverged",
         "message": message,
@@ -230,7 +239,7 @@ def outcome(state: State, around: Surroundings, last: EvalRecord | None, message
         values |= {"best_top1": state.best.top1, "best_epoch": state.best.epoch}
         if last.ema is not None:
             values |= {"ema_top1": last.ema.top1, "ema_top5": last.ema.top5}
-    return values | speed
+    return values | speed_so_far(state, around.clock)
 
 
 def _follow(
@@ -255,11 +264,13 @@ def _follow(
     return last or evaluate_state(config, state, around), None
 
 
-def _saved(store: Store, which: str, place: Place) -> Checkpoint | None:
-    """Load the newest whole checkpoint, or the best; rank 0 looks first, because it puts a damaged one aside."""
-    saved = store.load(which) if place.is_first else None
+def _resume(state: State, store: Store, place: Place) -> None:
+    """Go on from the newest whole checkpoint; rank 0 looks first, because it puts a damaged one aside."""
+    saved = store.load() if place.is_first else None
     barrier()
-    return saved if place.is_first else store.load(which)
+    saved = saved if place.is_first else store.load()
+    if saved is not None:
+        restore(state, saved)
 
 
 def _save_correct(path: Path, last: EvalRecord) -> None:
@@ -280,8 +291,22 @@ def _placed(model: nn.Module, config: RunConfig, place: Place) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if chosen else model  # pyright: ignore[reportCallIssue]
 
 
-def _advice(config: RunConfig) -> list[tuple[str, str]]:
+def _twin(config: RunConfig, model: nn.Module, num_sites: int) -> str:
+    """Say what the other arm of the pair is."""
+    if config.norm.name != "ln":
+        return f"the twin with norm=ln has {_num_params(model) - num_sites:,} parameters"
+    try:
+        convert.norm_sites(model)
+    except UserError as error:
+        return f"no twin with norm=dyt ({str(error).partition('; ')[0]})"
+    return f"the twin with norm=dyt has {_num_params(model) + num_sites:,} parameters"
+
+
+def _advice(config: RunConfig, plan: optim.Plan) -> list[tuple[str, str]]:
     rows = []
+    if config.ema.enabled and (memory := 1 / (1 - config.ema.decay)) * 3 > plan.total_steps:
+        rows.append(("EMA", f"ema.decay={config.ema.decay:g} averages over about {memory:,.0f} steps, and this run has "
+                     f"{plan.total_steps:,}: its average will lag behind; ema=off, or a smaller decay"))  # fmt: skip
     if config.global_batch != optim.PAPER_BATCH:
         scaled = optim.PAPER_LR * config.global_batch / optim.PAPER_BATCH
         rows.append(("lr rule", f"optim.lr is absolute and does not scale by itself; the paper's {optim.PAPER_LR:g} at "

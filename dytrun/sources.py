@@ -49,10 +49,8 @@ def load_data(data: DataConfig) -> Data:
         train, val, classes = _SOURCES[data.name](data)
         names = []
     if data.num_classes is not None and data.num_classes != classes:
-        raise UserError(
-            f"data.num_classes: data={data.name} has {data.num_classes} classes, but {data.root} holds {classes}; "
-            "for another class-per-folder tree say data=folder"
-        )
+        more = f" in {data.root}; for another class-per-folder tree say data=folder" if data.root else ""
+        raise UserError(f"data.num_classes: {data.num_classes} is asked for, data={data.name} has {classes}{more}")
     digest = hashlib.sha256(f"{data.name} {data.image_size if data.name == 'synthetic' else ''}".encode())
     for part in (train.labels, val.labels):
         digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
@@ -69,6 +67,15 @@ class _ArrayImages(NamedTuple):
         return Image.fromarray(self.pixels[index % len(self.pixels)]).convert("RGB")
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return an 8-bit RGB image; Pillow would cut 16-bit grey off at 255 instead of scaling it."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode}: 32 bits a pixel, of unknown range")
+    return image.convert("RGB")
+
+
 class _FileImages(NamedTuple):
     paths: list[str]
 
@@ -76,7 +83,7 @@ class _FileImages(NamedTuple):
         path = self.paths[index]
         try:
             with Image.open(path, formats=_FORMATS) as file:
-                return file.convert("RGB")
+                return _rgb(file)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); mend or remove it") from None
 

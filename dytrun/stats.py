@@ -19,7 +19,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference over n seeds, with its t interval; no interval for one seed."""
+    """Mean paired difference over n seeds, with its t interval; none for one seed or where all are equal."""
 
     mean: float
     low: float | None
@@ -47,7 +47,8 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], c
     if not differences:
         return None
     mean, n = fmean(differences), len(differences)
-    if n == 1:
-        return Difference(mean, None, None, 1, confidence)
+    # Equal differences are a coincidence of coarse counts, not a certainty: an interval without width would claim one.
+    if n == 1 or stdev(differences) == 0:
+        return Difference(mean, None, None, n, confidence)
     half = float(student_t.ppf(0.5 + confidence / 2, n - 1)) * stdev(differences) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half, n, confidence)

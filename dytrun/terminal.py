@@ -1,6 +1,7 @@
 """What a person sees: plans, progress, results, tables. Rich on a terminal, plain lines in a log file."""
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,8 @@ class Display:
             train = self._train
             speed = train.speed
             parts += [f"epoch {train.epoch:.2f}", f"loss {train.loss:.3f}", f"lr {train.lr:.1e}"]
-            parts += [f"{speed.images_per_s:,.0f} img/s", f"data wait {100 * speed.data_wait_frac:.0f} %"]
+            if math.isfinite(speed.images_per_s):  # not while the clock warms up
+                parts += [f"{speed.images_per_s:,.0f} img/s", f"data wait {100 * speed.data_wait_frac:.0f} %"]
         if self._eval is not None:
             ema = f" (EMA {self._eval.ema.top1:.2f})" if self._eval.ema is not None else ""
             parts.append(f"top-1 {self._eval.raw.top1:.2f}{ema}")

@@ -97,7 +97,7 @@ class Clock:
             "images_per_s": float(1e3 * self.images_per_step * len(steps_ms) / total_ms),
             "step_ms_p50": float(np.percentile(steps_ms, 50)),
             "step_ms_p95": float(np.percentile(steps_ms, 95)),
-            "data_wait_frac": float(min(1.0, sum(self._waits_ms[since:]) / total_ms)),
+            "data_wait_frac": float(np.minimum(1.0, sum(self._waits_ms[since:]) / total_ms)),
             "peak_mem_gib": self._peak_mem_gib(),
         }
 

@@ -55,12 +55,22 @@ def command_help(verb: str, config_dir: str | None) -> str:
             for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
                 lines.append(f"  {group.name}=")
                 lines += [f"    {path.stem:<14} {_summary(path)}" for path in sorted(group.glob("*.yaml"))]
+                if group.name != "experiment":
+                    lines.append(f"    keys: {' '.join(_keys(group))}")
     lines += ["", "Keys (key=value, section.key=value):"]
     body = (CONF / f"{verb}.yaml").read_text().partition("hydra_logging: none\n")[2].partition("\nhydra:")[0]
     lines += [f"  {line}" if line else "" for line in body.strip().splitlines()]
-    lines += ["", "-m sweeps over comma-separated values; --cfg job prints the whole configuration; --config-dir DIR",
-              "adds groups of your own; dytrun -sc install=bash sets up completion."]  # fmt: skip
+    sweeps = "-m sweeps over comma-separated values; " if verb == "train" else ""
+    lines += ["", f"{sweeps}--cfg job prints the whole configuration;",
+              "--config-dir DIR adds groups of your own; dytrun -sc install=bash sets up completion."]  # fmt: skip
     return "\n".join(lines)
+
+
+def _keys(group: Path) -> list[str]:
+    """Return the dotted keys that the options of a group set."""
+    texts = [path.read_text() for path in sorted(group.glob("*.yaml")) if "@package" not in path.read_text()]
+    found = (line.partition(":")[0] for text in texts for line in text.splitlines() if line[:1].isalpha())
+    return [f"{group.name}.{key}" for key in dict.fromkeys(found)]
 
 
 def _summary(path: Path) -> str:

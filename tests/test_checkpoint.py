@@ -27,7 +27,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     store = Store(tmp_path, keep=2)
     saved(store, 1, 2, 3, 4, 5, best=2)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000004", "step-00000005"]
-    assert store.load("BEST").step == 2
+    assert store.look_up("BEST").step == 2
+    assert store.look_up("LATEST").step == 5
     assert (tmp_path / "LATEST").read_text().strip() == "5"
 
 

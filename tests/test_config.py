@@ -7,9 +7,10 @@ from conftest import TINY, config_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dytrun.config import DataConfig, OptimConfig, RunConfig, validate
+from dytrun.config import DataConfig, OptimConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.usage import CONF
+from dytrun.validation import validate
 
 
 def problems(*overrides: str) -> list[str]:
@@ -79,7 +80,13 @@ def test_all_errors_are_named_at_once():
         ("optim.warmup_epochs=300", "optim.warmup_epochs: 300 leaves nothing of epochs=300"),
         ("optim.min_lr=1", "optim.min_lr: 1 is above optim.lr"),
         ("seed=0,1", "seed=0,1: several values need a sweep; add -m"),
-        ("norm.alpha_init=0.3", "norm.alpha_init: no such key"),
+        ("norm.alpha_init=0.3", "norm.alpha_init: another option of this group has this key"),
+        ("+agument=light", "agument: no such key; did you mean 'augment'?"),
+        ("augment.rand_augment=rand-foo", "augment.rand_augment: 'rand-foo'"),
+        ("augment.scale=[1.0,0.1]", "augment.scale: [1, 0.1] is no range"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("runs_dir=''", "runs_dir"),
+        ("epochs=1.5", "epochs: 1.5"),
         ("model=timm", "model.name: a value is needed"),
         ("epochs", "epochs"),
         ("--frobnicate", "--frobnicate: no such option"),

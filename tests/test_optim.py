@@ -85,7 +85,9 @@ def test_accumulation_follows_from_the_largest_micro_batch(world, limit, batch_p
     [
         ((), 4095, 1, "global_batch: 4096 is more than the 4095 training images"),
         ((), IMAGENET, 3, "global_batch: 4096 cannot be split over 3 ranks"),
-        (("global_batch=9",), 100, 1, "mixed in pairs, but a micro-batch has 9"),
+        (("global_batch=134",), 1000, 2, "split into equal micro-batches of 1 at most|mixed in pairs"),
+        (("global_batch=134", "augment.mixup=0", "augment.cutmix=0"), 1000, 2, "micro-batches of 1 at most"),
+        (("global_batch=9",), 100, 1, "mixed in pairs, and a rank's 9 images"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(overrides, num_train, world, said):

@@ -92,7 +92,9 @@ def test_runs_that_saw_other_images_are_not_compared(tmp_path):
     assert "saw different images" in found.refused[0]
 
 
-@pytest.mark.parametrize("other", [{"device": "GPU"}, {"ranks": 2}, {"norm_impl": "F.layer_norm, compiled whole"}])
+@pytest.mark.parametrize(
+    "other", [{"device": "GPU"}, {"ranks": 2}, {"machine": {"compile": "model"}}, {"machine": {"batch_per_rank": 4}}]
+)
 def test_speeds_measured_differently_are_not_compared(tmp_path, other):
     put(tmp_path)
     put(tmp_path, "norm=dyt", **other)
@@ -105,7 +107,7 @@ def test_a_diverged_arm_is_a_row(tmp_path):
     put(tmp_path, "norm=dyt", "norm.alpha_init=9", status="diverged", top1=None)
     found = report.build(tmp_path, "ln", 0.95)
     columns, rows = found.table()
-    assert rows[1][2:4] == ["dyt alpha_init=9", "0 (1 diverged)"]
+    assert rows[1][3:5] == ["dyt alpha_init=9", "0 (1 diverged)"]
     assert "EMA top-1 %" not in columns
 
 

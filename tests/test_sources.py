@@ -64,7 +64,7 @@ def test_a_root_that_is_not_there(tmp_path):
 
 def test_imagenet_must_have_its_classes(image_tree):
     root = image_tree(train={"cat": 1, "dog": 1}, val={"cat": 1, "dog": 1})
-    assert "has 1000 classes, but" in said(f"data.root={root}")
+    assert "1000 is asked for, data=imagenet has 2 in" in said(f"data.root={root}")
 
 
 def test_a_missing_download_says_what_to_do(tmp_path):

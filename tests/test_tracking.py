@@ -50,13 +50,13 @@ def test_a_line_is_a_record_and_what_is_not_finite_becomes_null():
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     config = tiny()
-    tracker = Tracker(config, tmp_path, 0)
+    tracker = Tracker(config, tmp_path, 0, print)
     for step in (10, 20, 30):
         tracker.log(train_record(step))
     tracker.finish(None)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "tra')  # what a killed process left
-    tracker = Tracker(config, tmp_path, 20)
+    tracker = Tracker(config, tmp_path, 20, print)
     tracker.log(train_record(30, loss=9.0))
     tracker.finish(None)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -78,9 +78,10 @@ from dytrun.tracking import Tracker
 from pathlib import Path
 config = next(_expand(sys.argv[2:]))
 start = time.time()
-tracker = Tracker(config, Path(sys.argv[1]), 0)
+notes = []
+tracker = Tracker(config, Path(sys.argv[1]), 0, notes.append)
 print(time.time() - start)
-print(tracker.notes[0])
+print(notes[0])
 tracker.finish(None)
 """
 
