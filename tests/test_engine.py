@@ -228,3 +228,76 @@ def test_a_checkpoint_of_the_other_arm_is_refused(tmp_path):
     other = Bench(tmp_path, "norm=dyt")
     with pytest.raises(RuntimeError, match=r"Missing key.*alpha"):
         restore(other.state, other.store.load())
+
+
+def test_a_resume_keeps_the_memory_layout_of_the_moments(tmp_path):
+    """A fused optimizer pairs elements by memory: a contiguous moment of a channels-last weight would be scrambled."""
+    overrides = (
+        "model.name=convnext_atto", "model.kwargs={depths: [1,1,1,1], dims: [8,8,8,8]}", "data.image_size=32",
+        "global_batch=256",
+    )  # fmt: skip
+    bench = Bench(tmp_path, *overrides)
+    bench.state.model.to(memory_format=torch.channels_last)
+    around = bench.around()
+    for _ in range(2):
+        engine.train_step(bench.state.model, bench.state, bench.config, around, _window())
+    bench.state.step = 2
+    engine._save(bench.config, bench.state, bench.around(), is_best=True)
+    again = Bench(tmp_path, *overrides)
+    again.state.model.to(memory_format=torch.channels_last)
+    restore(again.state, again.store.load())
+    moments = again.state.optimizer.state
+    assert all(m["exp_avg"].stride() == p.stride() for p, m in moments.items())
+    step = list(itertools.islice(bench.around().train, bench.plan.accumulation))
+    for one in (bench, again):
+        engine.train_step(one.state.model, one.state, one.config, one.around(iter(step)), _window())
+    assert equal(weights(again.state.model), weights(bench.state.model))
+
+
+def test_the_optimizer_gets_its_settings():
+    config = tiny("optim.betas=[0.8,0.9]", "optim.eps=1e-6", "optim.weight_decay=0.2")
+    optimizer = build_state(build_arm(config, 10)[0], config, torch.device("cpu")).optimizer
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["eps"] == 1e-6
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+
+
+def test_soft_targets_are_not_smoothed_again(tmp_path):
+    bench = Bench(tmp_path, "augment.mixup=0.8", "augment.smoothing=0.1", "tracking.log_every_steps=1")
+    (batch,) = itertools.islice(bench.around().train, 1)
+    assert batch.targets.shape == (32, 10)
+    log_p = F.log_softmax(bench.state.model(batch.images), dim=1)
+    expected = -(batch.targets * log_p).sum(1).mean().item()
+    assert bench.records(1)[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_fp16_too_stops_at_a_loss_that_is_not_finite(tmp_path):
+    bench = Bench(tmp_path, "precision=fp16", "tracking.log_every_steps=2")
+    batches = list(itertools.islice(bench.around().train, 2))
+    batches[0].images[:] = float("nan")
+    with pytest.raises(Diverged, match="not finite at step 0"):
+        list(fit(bench.config, bench.state, bench.around(iter(batches))))
+
+
+def test_evaluation_runs_in_the_runs_precision_and_is_no_training_time(tmp_path):
+    bench = Bench(tmp_path, "precision=bf16", "norm=ln")
+    seen = []
+    bench.state.model.head.register_forward_hook(lambda module, args, out: seen.append((module.training, out.dtype)))
+    around = bench.around()
+    engine.evaluate_state(bench.config, bench.state, around)
+    assert set(seen) == {(False, torch.bfloat16)}
+    list(fit(bench.config, bench.state, around))
+    assert around.clock.train_seconds == pytest.approx(sum(around.clock._steps_ms) / 1e3, rel=0.9)
+
+
+def test_evaluation_of_a_model_with_drop_path_draws_nothing(tmp_path):
+    bench = Bench(tmp_path, "model.drop_path=0.5")
+    assert [block.drop_path1.drop_prob for block in bench.state.model.blocks[1:]] == [0.5]
+    bench.state.model.train()
+    one, other = (engine.evaluate_state(bench.config, bench.state, bench.around()).raw.loss for _ in range(2))
+    assert one == other
+
+
+def test_seeds_give_other_weights():
+    one, other = (build_arm(tiny(f"seed={seed}"), 10)[0].state_dict() for seed in (0, 1))
+    assert not torch.equal(one["head.weight"], other["head.weight"])

@@ -49,6 +49,9 @@ def test_mean_spread_and_interval_by_hand():
     one = paired_difference({0: 91.0}, {0: 90.0}, 0.95)
     assert (one.mean, one.low, one.is_beyond_chance) == (1.0, None, None)
     assert paired_difference({0: 1.0}, {1: 1.0}, 0.95) is None
+    # The same difference twice is a coincidence of coarse counts: an interval without width would claim certainty.
+    alike = paired_difference({0: 91.0, 1: 92.0}, {0: 90.0, 1: 91.0}, 0.95)
+    assert (alike.mean, alike.n, alike.low, alike.is_beyond_chance) == (1.0, 2, None, None)
 
 
 def test_seeds_are_paired_and_the_verdict_says_what_may_be_said(tmp_path):
@@ -72,6 +75,20 @@ def test_one_seed_is_called_one_seed(tmp_path):
     (pair,) = report.build(tmp_path, "ln", 0.95).pairs
     assert "n = 1" in pair.verdicts[0]
     assert "larger than chance" not in pair.verdicts[0]
+
+
+def test_equal_differences_claim_nothing(tmp_path):
+    for seed in (0, 1):
+        put(tmp_path, f"seed={seed}", top1=90.0)
+        put(tmp_path, "norm=dyt", f"seed={seed}", top1=90.5)
+    (verdict,) = report.build(tmp_path, "ln", 0.95).pairs[0].verdicts
+    assert "for each of n = 2 seeds alike: no interval can be had" in verdict
+
+
+def test_arms_that_mixed_other_partners_are_said(tmp_path):
+    put(tmp_path, "augment.mixup=0.8", machine={"batch_per_rank": 8})
+    put(tmp_path, "augment.mixup=0.8", "norm=dyt", machine={"batch_per_rank": 16})
+    assert "other partners" in report.build(tmp_path, "ln", 0.95).pairs[0].verdicts[1]
 
 
 def test_runs_that_differ_in_more_than_the_norm_are_not_compared(tmp_path):

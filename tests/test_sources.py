@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 from conftest import config_of
+from PIL import Image
 
 from dytrun.errors import UserError
 from dytrun.sources import load_data
@@ -71,6 +72,16 @@ def test_a_missing_download_says_what_to_do(tmp_path):
     text = said("data=cifar10", f"data.root={tmp_path}")
     assert "no cifar10 in" in text
     assert "data.download=true" in text
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_cut_off(image_tree):
+    root = image_tree(train={"cat": 1, "dog": 1}, val={"cat": 1, "dog": 1})
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    Image.fromarray(ramp).save(root / "train" / "cat" / "1.png")
+    data = load_data(config_of("data=folder", f"data.root={root}").data)
+    got = np.asarray(data.train.image(1))
+    assert got.shape == (16, 16, 3)
+    assert np.array_equal(got[..., 0].ravel(), np.arange(256))
 
 
 def test_an_unreadable_image_is_named(image_tree):

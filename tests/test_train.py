@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import TINY, dytrun
 
+from dytrun.data import epoch_order
 from dytrun.records import METRICS, RunResult
 
 pytestmark = pytest.mark.slow
@@ -175,8 +176,12 @@ def test_divergence_is_a_result(tmp_path):
 
 
 def test_an_image_that_cannot_be_read_ends_all_ranks_with_one_line(image_tree):
-    root = image_tree(train={"a": 16, "b": 16}, val={"a": 1, "b": 1})
-    (root / "train" / "b" / "7.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    root = image_tree(train={"a": 80, "b": 80}, val={"a": 1, "b": 1})
+    # One that rank 1 meets in its fourth step, while rank 0 has nothing to complain of.
+    index = int(epoch_order(160, seed=0, epoch=0)[3 * 32 + 20])
+    label, name = divmod(index, 80)
+    bad = sorted((root / "train" / "ab"[label]).iterdir())[name]
+    bad.write_bytes(b"\xff\xd8\xff\xe0 no picture")
     done = dytrun(
         "train",
         *TINY,
@@ -184,10 +189,10 @@ def test_an_image_that_cannot_be_read_ends_all_ranks_with_one_line(image_tree):
         f"data.root={root}",
         "data.image_size=16",
         "machine.devices=2",
-        "machine.workers=1",
+        "machine.workers=0",
     )
-    assert done.returncode == 2
-    assert "b/7.jpg: cannot be read as an image" in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert f"{bad}: cannot be read as an image" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -251,6 +256,58 @@ def test_stopping_leaves_no_process_and_no_noise(tmp_path, how, code):
         assert "type the command again" in err
         assert "Traceback" not in err
         assert RunResult.load(only(tmp_path / "runs") / "result.json").status == "interrupted"
+
+
+def test_a_second_start_in_the_same_directory_is_refused(tmp_path):
+    args = ["train", *TINY, "norm=ln", "epochs=400"]
+    first = subprocess.Popen([sys.executable, "-m", "dytrun", *args], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if list(tmp_path.glob("runs/*/metrics.jsonl")):
+                break
+            time.sleep(0.1)
+        second = dytrun(*args)
+        assert second.returncode == 2
+        assert f"process {first.pid} on" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.terminate()
+        first.wait(60)
+
+
+def test_wandbs_service_dying_ends_no_run(tmp_path):
+    args = ["train", *TINY, "norm=ln", "epochs=25", "tracking.mode=offline", "tracking.log_every_steps=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dytrun", *args], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+            break
+        time.sleep(0.1)
+    run_dir = only(tmp_path / "runs")
+    services = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if "wandb-core" in (text := path.read_bytes().decode(errors="replace")) and text
+        and process.pid in ancestors(int(path.parent.name))
+    ]  # fmt: skip
+    assert services
+    for pid in services:
+        os.kill(pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    assert RunResult.load(run_dir / "result.json").status == "finished"
+    assert "W&B is left out from here" in out
+    assert len([line for line in lines(run_dir) if "val/top1" in line]) == 25
+
+
+def ancestors(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(status.partition("PPid:")[2].split()[0])
+        found.append(pid)
+    return found
 
 
 def test_compiled_blocks_train(tmp_path):
