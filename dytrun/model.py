@@ -98,8 +98,8 @@ def _check_name(name: str) -> None:
 
 
 def _check_patches(module: nn.Module, name: str, image_size: int) -> None:
-    patch_size = getattr(getattr(module, "patch_embed", None), "patch_size", None)
-    for side in patch_size or ():
+    patch_size = getattr(getattr(module, "patch_embed", None), "patch_size", None) or ()
+    for side in (patch_size,) if isinstance(patch_size, int) else patch_size:
         if image_size % side:
             raise UserError(
                 f"data.image_size: {image_size} is no multiple of the patch size {side} of {name}; "

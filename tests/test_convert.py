@@ -10,6 +10,7 @@ from torch import nn
 
 from dytrun.convert import convert_norms, norm_sites, norms_left
 from dytrun.errors import UserError
+from dytrun.model import check_forward
 from dytrun.norm import DynamicTanh
 from dytrun.run import build_arm
 
@@ -50,6 +51,25 @@ def test_twins_are_bit_equal_but_for_the_alphas(name):
     assert after.keys() - before.keys() == {f"{site.name}.alpha" for site in sites}
     assert not before.keys() - after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# model: (sites, what is left)
+FAMILIES = {
+    "swin_tiny_patch4_window7_224": (29, {}),
+    "vit_base_patch16_clip_224": (26, {}),
+    "convnext_tiny_hnf": (23, {}),
+    "davit_tiny": (29, {}),
+    "xcit_nano_12_p16_224": (41, {"BatchNorm2d": 16}),
+    "convnextv2_atto": (17, {"GlobalResponseNorm": 12}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_convert_and_take_images(name):
+    config = config_of("model=timm", f"model.name={name}", "norm=dyt")
+    model, sites = build_arm(config, 1000, device="meta")
+    assert (len(sites), norms_left(model)) == FAMILIES[name]
+    check_forward(model, name, 1000, 224)
 
 
 def test_converting_draws_no_random_number():
