@@ -35,8 +35,13 @@ class Display:
         self._eval: EvalRecord | None = None
         self._progress: Progress | None = None
         if _console().is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-                       TimeRemainingColumn(), TextColumn("{task.fields[now]}"))  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}"),
+            )
             self._progress = Progress(*columns, console=_console())
             self._progress.start()
             self._task = self._progress.add_task(title, total=total_steps, completed=first_step, now="")

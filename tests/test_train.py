@@ -1,5 +1,6 @@
 """The whole path in real processes: a sweep over both arms, its files, its report; ranks; faults; W&B offline."""
 
+import contextlib
 import json
 import math
 import os
@@ -276,37 +277,46 @@ def test_a_second_start_in_the_same_directory_is_refused(tmp_path):
 
 
 def test_wandbs_service_dying_ends_no_run(tmp_path):
-    args = ["train", *TINY, "norm=ln", "epochs=25", "tracking.mode=offline", "tracking.log_every_steps=5"]
+    args = ["train", *TINY, "norm=ln", "epochs=60", "tracking.mode=offline", "tracking.log_every_steps=5"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stdout=subprocess.PIPE, text=True
     )
-    for _ in range(600):
-        if any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
-            break
-        time.sleep(0.1)
-    run_dir = only(tmp_path / "runs")
-    services = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if "wandb-core" in (text := path.read_bytes().decode(errors="replace")) and text
-        and process.pid in ancestors(int(path.parent.name))
-    ]  # fmt: skip
-    assert services
-    for pid in services:
-        os.kill(pid, signal.SIGKILL)
-    out, _ = process.communicate(timeout=100)
+    try:
+        while process.poll() is None:
+            if any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+                break
+            time.sleep(0.1)
+        services = [pid for pid, command in processes() if "wandb-core" in command and process.pid in ancestors(pid)]
+        for pid in services:
+            os.kill(pid, signal.SIGKILL)
+        out, _ = process.communicate(timeout=150)
+    finally:
+        process.kill()
+        process.wait()
+    assert services, out
     assert process.returncode == 0, out
+    run_dir = only(tmp_path / "runs")
     assert RunResult.load(run_dir / "result.json").status == "finished"
     assert "W&B is left out from here" in out
-    assert len([line for line in lines(run_dir) if "val/top1" in line]) == 25
+    assert len([line for line in lines(run_dir) if "val/top1" in line]) == 60
+
+
+def processes() -> list[tuple[int, str]]:
+    """Return (pid, command line) of every process that can be seen."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append((int(path.parent.name), path.read_bytes().decode(errors="replace")))
+    return found
 
 
 def ancestors(pid: int) -> list[int]:
     found = []
-    while pid > 1:
-        status = Path(f"/proc/{pid}/status").read_text()
-        pid = int(status.partition("PPid:")[2].split()[0])
-        found.append(pid)
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            status = Path(f"/proc/{pid}/status").read_text()
+            pid = int(status.partition("PPid:")[2].split()[0])
+            found.append(pid)
     return found
 
 
