@@ -143,9 +143,9 @@ def _hydra(verb: str, args: list[str], task: Callable[[Any], Any], is_sweep: boo
 
     GlobalHydra.instance().clear()
     options = _version_base()
-    # Hydra's parser wants its flags before the overrides.
-    flags = [arg for arg in args if arg.startswith("-") or arg == _config_dir(args)]
-    sys.argv = ["dytrun", *flags, *(arg for arg in args if arg not in flags)]
+    # Hydra's parser wants the overrides in one piece; what a flag takes has no '='.
+    overrides = [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+    sys.argv = ["dytrun", *overrides, *(arg for arg in args if arg not in overrides)]
     try:
         with _raw_errors():
             hydra.main(config_path=str(CONF), config_name=verb, **options)(recorded)()

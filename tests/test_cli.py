@@ -126,9 +126,14 @@ def test_a_batch_other_than_the_papers_prints_the_rule(monkeypatch, capsys):
     assert "scaled linearly to 1024 is 0.001" in out
 
 
-def test_hydra_shows_what_it_always_shows(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "train", "--cfg", "job", "norm=dyt")
-    assert code == 0
+@pytest.mark.parametrize(
+    "args",
+    [["--cfg", "job", "norm=dyt"], ["norm=dyt", "--cfg", "job"], ["--cfg=job", "norm=dyt"],
+     ["seed=1", "--cfg", "job", "norm=dyt"], ["norm=dyt", "-c", "job", "-p", "norm"]],
+)  # fmt: skip
+def test_hydra_shows_what_it_always_shows(monkeypatch, capsys, args):
+    code, out, err = run(monkeypatch, capsys, "train", *args)
+    assert (code, err) == (0, [])
     assert "alpha_init: 0.5" in out
 
 
