@@ -33,9 +33,12 @@ TINY = (
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """Each test in a directory of its own, on one thread, without the user's W&B and data."""
+    """Each test in a directory of its own, on one thread, without the user's W&B and data.
+
+    W&B's service of another test must not be found either: it would serve the runs that this one starts.
+    """
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "IMAGENET_DIR"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SERVICE", "IMAGENET_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
