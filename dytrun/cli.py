@@ -26,7 +26,7 @@ _MULTIRUN = ("--multirun", "-m")
 
 
 def main() -> int:
-    """Run the command line; return the exit code (DESIGN: 0 done, 1 failed, 2 wrong input, 75 stopped)."""
+    """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong input, 75 stopped."""
     try:
         return _main(sys.argv[1:])
     except UserError as error:
