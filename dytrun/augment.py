@@ -80,6 +80,13 @@ def eval_transform(data: DataConfig) -> Transform:
     return transforms.Compose([*_resize_and_crop(data), *_to_tensor(data)])
 
 
+def eval_resize(data: DataConfig) -> int | None:
+    """Return the short side, in pixels, of which evaluation keeps the centre; None where it warps the whole image."""
+    if data.crop_pct is None and data.image_size >= _WARP_FROM:
+        return None
+    return int(data.image_size / (data.crop_pct or _CROP_PCT))
+
+
 def mixer(augment: AugmentConfig, num_classes: int) -> Mixer | None:
     """Make (images (B, C, H, W), labels (B,)) → (mixed images, soft targets (B, K)), or None where nothing mixes.
 
@@ -128,11 +135,10 @@ def _crop(augment: AugmentConfig, data: DataConfig) -> list:
 
 
 def _resize_and_crop(data: DataConfig) -> list:
-    size = data.image_size
-    bicubic = InterpolationMode.BICUBIC
-    if data.crop_pct is None and size >= _WARP_FROM:
+    size, bicubic = data.image_size, InterpolationMode.BICUBIC
+    resized = eval_resize(data)
+    if resized is None:
         return [transforms.Resize((size, size), interpolation=bicubic)]
-    resized = int(size / (data.crop_pct or _CROP_PCT))
     return [transforms.Resize(resized, interpolation=bicubic), transforms.CenterCrop(size)]
 
 

@@ -139,6 +139,15 @@ class Store:
             return None
 
 
+def matches_manifest(path: Path) -> bool:
+    """Say whether a file is as the manifest beside it says; a file that stands in none is taken as it is."""
+    try:
+        entry = json.loads((path.parent / "manifest.json").read_text()).get(path.name)
+    except (OSError, ValueError, AttributeError):
+        return True
+    return entry is None or _sha256(path) == entry["sha256"]
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

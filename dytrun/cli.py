@@ -92,9 +92,13 @@ def _train(args: list[str]) -> int:
 
 def train_task(cfg: Any) -> str:
     """Train one composed configuration and return its status; what Hydra's launchers call."""
+    from hydra import compose
+
     from dytrun import commands
 
-    return commands.train(_validated("train", cfg))
+    config = _validated("train", cfg)
+    page = config.published and _validated("train", compose("train", [f"experiment={config.published.page}"]))
+    return commands.train(config, page)
 
 
 def _eval(args: list[str]) -> int:

@@ -4,33 +4,48 @@ import os
 from pathlib import Path
 
 from dytrun import launch, report, terminal
-from dytrun.config import EvalConfig, RunConfig
+from dytrun.config import EvalConfig, Published, RunConfig
+from dytrun.records import difference
 
 # What a sweep's closing table is made with; `dytrun report` takes others.
 _BASELINE, _CONFIDENCE = "ln", 0.95
 
 
-def train(config: RunConfig) -> str:
+def train(config: RunConfig, page: RunConfig | None) -> str:
     """Plan a run, train it or say that there is nothing left to do, and return its status.
+
+    `page` is what the run's experiment says by itself, if it is about a published result: how far the run is from
+    that recipe is written down beside the expected figure.
 
     Raises:
         UserError: an input was wrong.
         launch.Failed, launch.Stopped: as `launch.train`.
     """
+    if config.published is not None and page is not None:
+        config = config.model_copy(update={"published": _compared(config.published, config, page)})
     if not config.dry_run and (done := launch.previous(config)) is not None:
         if _is_first():
             terminal.line(f"{config.run_dir}: {done.status} already; remove the directory to train it again")
             terminal.result(done)
         return done.status
-    rows = launch.plan(config)
+    outline = launch.plan(config)
     if _is_first():
-        terminal.pairs("plan (nothing was touched)" if config.dry_run else "plan", rows)
+        terminal.pairs("plan (nothing was touched)" if config.dry_run else "plan", outline.rows)
     if config.dry_run:
+        terminal.table("sites", outline.site_columns, outline.sites, [])
         return "planned"
     result = launch.train(config)
     if _is_first():
         terminal.result(result)
     return result.status
+
+
+def _compared(published: Published, config: RunConfig, page: RunConfig) -> Published:
+    """Say what of a run's science is not as on the page; another norm has other settings, and is one difference."""
+    found = difference(config.science(), page.science())
+    if config.norm.name != page.norm.name:
+        found = [item for item in found if item[0] == "norm.name" or not item[0].startswith("norm.")]
+    return published.model_copy(update={"differs": [f"{key} {here}, there {there}" for key, here, there in found]})
 
 
 def evaluate(config: EvalConfig) -> None:

@@ -3,13 +3,12 @@
 Frozen pydantic models. `RunConfig` also says what a run *is*: its science, and the identity that follows from it.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dytrun.digest import file_digest, values_digest
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -21,6 +20,9 @@ Pair = tuple[Positive, Positive]
 Rgb = tuple[float, float, float]
 # A slug is safe as a part of a path: the identity of a run is a directory name.
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+# A role, a class name or a glob over the dotted name, and blocks: attention, LayerNorm2d, blocks.*.norm1@0-5.
+SitePattern = Annotated[str, Field(pattern=r"^[^@\s]+(@\d+(-\d+)?)?$")]
+NormTypes = Annotated[list[Literal["layernorm", "rmsnorm", "simplenorm", "groupnorm1"]], Field(min_length=1)]
 # YAML 1.1 reads a bare `off` as false.
 _unbool = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 
@@ -44,15 +46,53 @@ class LayerNormConfig(BaseModel):
     name: Literal["ln"]
 
 
-class DyTConfig(BaseModel):
-    """Dynamic Tanh (arXiv 2503.10622, section 4)."""
+class PointWiseConfig(BaseModel):
+    """weight * f(alpha * x [+ shift]) + bias in the place of norms; norm.py has the functions and their sources."""
 
     model_config = _STRICT
-    name: Literal["dyt"]
+    name: Literal[
+        "dyt", "derf", "identity", "hardtanh", "sigmoid", "satursin", "arcsinh_clip", "exproot", "arctan", "smoothsign",
+        "isru", "dyisru", "expsign", "cubsign",
+    ]  # fmt: skip
     alpha_init: Positive
+    rules: dict[SitePattern, Positive]
+    """Site pattern → alpha_init; where several match, the last one counts."""
+    shift_init: float | None
+    learn_alpha: bool
+    per_channel_alpha: bool
+    affine: bool
+    types: NormTypes
+    include: list[SitePattern] | None
+    exclude: list[SitePattern]
+    calibrate: bool
+    """Whether alpha, weight and bias of each site are fitted to the trained norm of `init_from`."""
+    calibrate_images: Count
 
 
-NormConfig = Annotated[LayerNormConfig | DyTConfig, Field(discriminator="name")]
+class RmsNormConfig(BaseModel):
+    """RMSNorm in the place of norms."""
+
+    model_config = _STRICT
+    name: Literal["rms"]
+    affine: bool
+    types: NormTypes
+    include: list[SitePattern] | None
+    exclude: list[SitePattern]
+
+
+class GroupNormConfig(BaseModel):
+    """GroupNorm in the place of norms."""
+
+    model_config = _STRICT
+    name: Literal["group"]
+    num_groups: Count
+    affine: bool
+    types: NormTypes
+    include: list[SitePattern] | None
+    exclude: list[SitePattern]
+
+
+NormConfig = Annotated[LayerNormConfig | PointWiseConfig | RmsNormConfig | GroupNormConfig, Field(discriminator="name")]
 
 
 class DataConfig(BaseModel):
@@ -155,6 +195,21 @@ class CheckpointConfig(BaseModel):
     keep: Annotated[int, Field(ge=2)]
 
 
+class Published(BaseModel):
+    """The published result that a page of conf/experiment/ is about."""
+
+    model_config = _STRICT
+    page: Slug
+    """Name of the page: `experiment=PAGE`."""
+    source: str
+    """Paper and table."""
+    top1: Annotated[float, Field(gt=0, le=100)] | None
+    """ImageNet-1K, percent; null where the source gives no number."""
+    note: str | None
+    differs: list[str]
+    """What of the science is not as on the page; filled in by the command line."""
+
+
 class RunConfig(BaseModel):
     """One training run, whole."""
 
@@ -172,6 +227,9 @@ class RunConfig(BaseModel):
     machine: MachineConfig
     tracking: TrackingConfig
     checkpoint: CheckpointConfig
+    init_from: Annotated[str, Field(min_length=1)] | None
+    """A file of weights to start from; null draws them."""
+    published: Published | None
     runs_dir: Annotated[str, Field(min_length=1)]
     dry_run: bool
 
@@ -190,6 +248,11 @@ class RunConfig(BaseModel):
                 problems.append(f"augment.{name}: [{low:g}, {high:g}] is no range; give [smaller, larger]")
         if self.machine.devices == []:
             problems.append("machine.devices: an empty list; name a device or say auto")
+        if isinstance(self.norm, PointWiseConfig) and self.norm.calibrate and self.init_from is None:
+            problems.append(
+                "norm.calibrate: there is no trained norm to fit, because the weights are drawn anew; give a trained "
+                "LayerNorm model with init_from=FILE"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -197,7 +260,11 @@ class RunConfig(BaseModel):
     def science(self) -> dict[str, Any]:
         """Everything that changes the result, as plain JSON values.
 
-        Where the data lies is no science, unless the data is known by nothing else (`data=folder`).
+        Where the data lies is no science, unless the data is known by nothing else (`data=folder`). Of `init_from` it
+        is the content that counts.
+
+        Raises:
+            UserError: `init_from` cannot be read.
         """
         science = self.model_dump(mode="json", include=_SCIENCE)
         del science["data"]["download"]
@@ -209,17 +276,23 @@ class RunConfig(BaseModel):
             del science["data"]["num_train"]  # a plan's number; the data decides
         if not self.ema.enabled:
             del science["ema"]["decay"]
+        if "rules" in science["norm"]:
+            science["norm"]["rules"] = [list(rule) for rule in science["norm"]["rules"].items()]  # their order counts
+            if not science["norm"]["calibrate"]:
+                del science["norm"]["calibrate"], science["norm"]["calibrate_images"]
+        if self.init_from is not None:
+            science["init_from"] = file_digest(self.init_from)
         return science
 
     @property
     def science_id(self) -> str:
         """Eight hex digits that two runs share if and only if their science is equal."""
-        return _digest(self.science())
+        return values_digest(self.science())
 
     @property
     def pair_id(self) -> str:
         """Eight hex digits that two runs share if their science differs in the norm and the seed alone."""
-        return _digest({key: value for key, value in self.science().items() if key not in ("norm", "seed")})
+        return values_digest({key: value for key, value in self.science().items() if key not in ("norm", "seed")})
 
     @property
     def run_name(self) -> str:
@@ -256,7 +329,3 @@ class ReportConfig(BaseModel):
     dir: str
     baseline: Slug
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

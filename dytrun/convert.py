@@ -1,113 +1,137 @@
-"""LayerNorm -> DyT: the one place where a model's norms change.
+"""LayerNorm → DyT and its family: the one place where a model's norms change.
 
-Structure-preserving, and it draws no random number: a converted model differs from its LayerNorm twin by the
-alphas alone. weight and bias are taken over from the norm they replace (SwinV2 starts them at 0), and what is
-missing stays missing.
+Structure-preserving, and it draws no random number: a model converted to DyT differs from its LayerNorm twin by the
+alphas alone. weight and bias are taken over from the norm they replace (SwinV2 starts them at 0), what is missing stays
+missing, and a fused activation stays where it was.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from timm import layers as timm_layers
-from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm import LayerNormExp2d
 from torch import nn
 
 from dytrun.errors import UserError
-from dytrun.norm import DynamicTanh
-
-# By exact type, never isinstance: timm's LayerNormAct is an nn.LayerNorm that also activates, and
-# LayerNorm2dFp32 is channels-first without being a LayerNorm2d.
-CHANNEL_AXIS: dict[type[nn.Module], int] = {
-    nn.LayerNorm: -1,
-    timm_layers.LayerNorm: -1,
-    timm_layers.LayerNormFp32: -1,
-    timm_layers.LayerNorm2d: 1,
-    timm_layers.LayerNorm2dFp32: 1,
-    LayerNormExp2d: 1,
-}
-# What counts as a norm that is left alone, to be said.
-_OTHER_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    timm_layers.RmsNorm,
-    timm_layers.RmsNormFp32,
-    timm_layers.RmsNorm2d,
-    timm_layers.RmsNorm2dFp32,
-    timm_layers.SimpleNorm,
-    timm_layers.SimpleNormFp32,
-    timm_layers.SimpleNorm2d,
-    timm_layers.SimpleNorm2dFp32,
-    GlobalResponseNorm,
-)
+from dytrun.norm import GroupNorm, PointWise, RmsNorm
+from dytrun.sites import KINDS, Site, chosen_by, matches, norm_sites, norms_left
 
 
 @dataclass(frozen=True)
-class Site:
-    """A LayerNorm of a model, converted or to be."""
+class Conversion:
+    """What takes the place of which norms; see `sites.matches` for the patterns."""
 
-    name: str
-    kind: str
-    num_channels: int
-    channels_last: bool
+    name: str = "dyt"
+    """A function of norm.FUNCTIONS, `rms` or `group`."""
+    alpha_init: float = 0.5
+    rules: Mapping[str, float] = field(default_factory=dict)
+    """Pattern → alpha_init; where several match, the last one counts."""
+    shift_init: float | None = None
+    learn_alpha: bool = True
+    per_channel_alpha: bool = False
+    affine: bool = True
+    """False leaves weight and bias out."""
+    num_groups: int = 1
+    """Of `group`."""
+    types: Sequence[str] = ("layernorm",)
+    """Families of norms that are replaced (sites.FAMILIES)."""
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
 
 
-def norm_sites(model: nn.Module, required: bool = True) -> list[Site]:
-    """List every LayerNorm of `model` in the order of its modules.
-
-    With `required=False`, for a model that stays as it is, nothing is refused.
+def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Site]]:
+    """Return the sites that a conversion replaces, each with its alpha_init, and those of its types that it leaves.
 
     Raises:
-        UserError: the model has none, or one that has no point-wise twin (a fused activation, an unknown kind,
-            more than one normalized axis).
+        UserError: there are none, a pattern matches none, or one of them has no twin.
     """
-    sites, refused = [], []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.LayerNorm):
-            continue
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        if type(module) not in CHANNEL_AXIS or len(module.normalized_shape) != 1 or not name:
-            refused.append(f"{name or 'the model itself'} ({kind})")
-        sites.append(Site(name, kind, module.normalized_shape[-1], CHANNEL_AXIS.get(type(module), -1) == -1))
-    if not required:
-        return sites
-    if refused:
-        raise UserError(
-            f"norm: {len(refused)} LayerNorms of this model are of a kind that cannot be converted, "
-            f"first {refused[0]}; choose another model or norm=ln"
-        )
+    sites = norm_sites(model, how.types)
     if not sites:
+        left = ", ".join(f"{count} {kind}" for kind, count in norms_left(model).items())
         raise UserError(
-            "norm: this model has no LayerNorm to convert"
-            f"{_left_text(norms_left(model))}; choose a model with LayerNorm or norm=ln"
+            f"norm: this model has no {' or '.join(_titled(family) for family in how.types)} to convert"
+            + (f" (it has {left})" if left else "")
+            + "; choose another model, norm.types, or norm=ln"
         )
-    return sites
+    kept = sites if how.include is None else chosen_by("norm.include", how.include, sites)
+    left_out = chosen_by("norm.exclude", how.exclude, sites) if how.exclude else []
+    chosen = [site for site in kept if site not in left_out]
+    if not chosen:
+        raise UserError(f"norm: norm.include and norm.exclude leave none of the {len(sites)} sites; loosen one of them")
+    if refused := [site for site in chosen if not site.has_twin]:
+        raise UserError(
+            f"norm: {len(refused)} norms of this model are of a kind that cannot be converted, first "
+            f"{refused[0].name or 'the model itself'} ({refused[0].kind}); leave them out with norm.exclude, choose "
+            "another model, or norm=ln"
+        )
+    chosen_by("norm.rules", list(how.rules), chosen)
+    return (
+        [replace(site, alpha_init=_alpha_init(site, how)) for site in chosen],
+        [site for site in sites if site not in chosen],
+    )
 
 
-def norms_left(model: nn.Module) -> dict[str, int]:
-    """Count the norms that conversion does not touch (BatchNorm, GroupNorm, GRN, …) by class name."""
-    return dict(Counter(type(module).__name__ for module in model.modules() if isinstance(module, _OTHER_NORMS)))
-
-
-def convert_norms(model: nn.Module, alpha_init: float) -> list[Site]:
-    """Replace every LayerNorm of `model` by a DyT, in place, and say which.
+def convert_norms(model: nn.Module, how: Conversion) -> list[Site]:
+    """Replace the chosen norms of `model`, in place, and say which.
 
     Device, dtype, training flag and requires_grad stay as they were. Run it before the optimizer, EMA and DDP.
 
     Raises:
-        UserError: as `norm_sites`; the model is then as it was.
+        UserError: as `chosen_sites`, or channels do not split into groups; the model is then as it was.
     """
-    sites = norm_sites(model)
-    swaps: dict[nn.Module, DynamicTanh] = {}
+    sites, _ = chosen_sites(model, how)
+    twins: dict[nn.Module, nn.Module] = {}
+    for site in sites:
+        norm = model.get_submodule(site.name)
+        weight = getattr(norm, "weight", None)
+        like = weight if weight is not None else next(model.parameters(), torch.empty(0))
+        twins[norm] = _twin(norm, site, how).to(like.device, like.dtype).train(norm.training)
     for parent, child, module in _places(model):
-        if isinstance(module, nn.LayerNorm):
-            if module not in swaps:
-                swaps[module] = _twin(module, alpha_init)
-            setattr(parent, child, swaps[module])
+        if module in twins:
+            setattr(parent, child, twins[module])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.norm1, PointWise | RmsNorm | GroupNorm):
+            # In evaluation torch would hand weight, bias and eps to a fused kernel that computes LayerNorm.
+            module.activation_relu_or_gelu = 0
     return sites
+
+
+def _twin(norm: nn.Module, site: Site, how: Conversion) -> nn.Module:
+    """Return what takes the place of `norm`, with its very weight and bias parameters."""
+    twin = _layer(site, how, KINDS[type(norm)].channel_axis, getattr(norm, "eps", None))
+    twin.weight = getattr(norm, "weight", None) if how.affine else None
+    if isinstance(twin, PointWise | GroupNorm):
+        twin.bias = getattr(norm, "bias", None) if how.affine else None
+    for name in ("drop", "act"):
+        fused = getattr(norm, name, None)
+        if fused is not None and not isinstance(fused, nn.Identity):
+            # Without an affine part, it would overwrite what the backward pass needs.
+            if hasattr(fused, "inplace"):
+                fused.inplace = False
+            setattr(twin, name, fused)
+    return twin
+
+
+def _layer(site: Site, how: Conversion, axis: int, eps: float | None) -> PointWise | RmsNorm | GroupNorm:
+    eps = eps if eps is not None else torch.finfo(torch.float32).eps
+    if how.name == "rms":
+        return RmsNorm(site.num_channels, axis, eps)
+    if how.name == "group":
+        if site.num_channels % how.num_groups:
+            raise UserError(
+                f"norm.num_groups: {how.num_groups} groups cannot share the {site.num_channels} channels of {site.name}"
+            )
+        return GroupNorm(site.num_channels, how.num_groups, axis, eps)
+    layer = PointWise(site.num_channels, how.name, site.alpha_init or how.alpha_init, how.shift_init, axis,
+                      how.per_channel_alpha)  # fmt: skip
+    layer.eps = eps
+    layer.alpha.requires_grad_(how.learn_alpha)
+    return layer
+
+
+def _alpha_init(site: Site, how: Conversion) -> float | None:
+    if how.name in ("rms", "group"):
+        return None
+    return [how.alpha_init, *(value for pattern, value in how.rules.items() if matches(pattern, site))][-1]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -118,15 +142,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
                 yield parent, child, module
 
 
-def _twin(norm: nn.LayerNorm, alpha_init: float) -> DynamicTanh:
-    """Return the DyT that takes the place of `norm`, with its very weight and bias parameters."""
-    like = norm.weight if norm.weight is not None else torch.empty(0)
-    with torch.device(like.device):
-        twin = DynamicTanh(norm.normalized_shape[0], alpha_init, CHANNEL_AXIS[type(norm)])
-    twin.to(dtype=like.dtype).train(norm.training)
-    twin.weight, twin.bias = norm.weight, norm.bias
-    return twin
-
-
-def _left_text(left: dict[str, int]) -> str:
-    return f" (it has {', '.join(f'{count} {kind}' for kind, count in left.items())})" if left else ""
+def _titled(family: str) -> str:
+    return {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "simplenorm": "SimpleNorm", "groupnorm1": "GroupNorm1"}[
+        family
+    ]

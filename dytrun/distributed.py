@@ -78,6 +78,13 @@ def average_buffers(model: nn.Module) -> None:
                 buffer.copy_(all_sum(buffer.clone()) / world_size())
 
 
+def broadcast_weights(model: nn.Module) -> None:
+    """Give every rank the first one's parameters and buffers, in place."""
+    if world_size() > 1:
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

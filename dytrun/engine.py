@@ -241,7 +241,7 @@ def _smoothing(config: RunConfig, targets: Tensor) -> float:
 
 def _train_record(config: RunConfig, state: State, around: Surroundings, window: _Window, lr: float) -> TrainRecord:
     """Read the window from the device, in one go."""
-    alphas = [state.model.get_parameter(f"{site}.alpha").detach() for site in around.sites]
+    alphas = [state.model.get_parameter(f"{site}.alpha").detach().mean() for site in around.sites]
     numbers = [window.bad_step, window.loss_sum / window.steps, window.grad_norm]
     values = torch.cat([number.reshape(1).double() for number in numbers + alphas]).tolist()
     bad_step, loss, grad_norm = values[:3]

@@ -23,11 +23,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dytrun.config import EvalConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.records import RunResult, write_json
+
+if TYPE_CHECKING:
+    from dytrun.plan import Outline
 
 # What stands in the traceback of a rank that fails because another has.
 _LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
@@ -50,7 +53,7 @@ def previous(config: RunConfig) -> RunResult | None:
     return result if result.status in ("finished", "diverged") else None
 
 
-def plan(config: RunConfig) -> list[tuple[str, str]]:
+def plan(config: RunConfig) -> "Outline":
     """Say what a run would do.
 
     Raises:
@@ -58,9 +61,9 @@ def plan(config: RunConfig) -> list[tuple[str, str]]:
     """
     if not config.dry_run:
         warm_up()
-    from dytrun import run
+    from dytrun.plan import outline
 
-    return run.plan_rows(config)
+    return outline(config)
 
 
 def train(config: RunConfig) -> RunResult:

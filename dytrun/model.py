@@ -47,6 +47,11 @@ def build_model(model: ModelConfig, num_classes: int, image_size: int, device: s
     return module
 
 
+def trainable(module: nn.Module) -> int:
+    """Count the parameters that training changes: an alpha that is not learned is none."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
 def check_forward(module: nn.Module, name: str, num_classes: int, image_size: int) -> None:
     """Send an empty batch through a model on the meta device.
 

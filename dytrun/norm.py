@@ -1,12 +1,20 @@
-"""The point-wise layers that take the place of a norm.
+"""The layers that take the place of a norm: one shape, a line for each function.
 
-    DyT(x) = weight * tanh(alpha * x) + bias        Zhu et al. 2025, arXiv 2503.10622, equation 1
+    y = weight * f(alpha * x [+ shift]) + bias
 
-alpha is one learnable scalar a layer; weight and bias are one value a channel. No statistics are computed.
+alpha, and shift where there is one, is a learnable scalar a layer (or a value a channel); weight and bias are one value
+a channel. No statistics are computed. `RmsNorm` and `GroupNorm`, at the end, are the comparators that do compute some.
 Axes: channels last (..., C), as tokens have them, or channels first (B, C, H, W).
+
+Published figures are ImageNet-1K top-1 in percent: of DyT's paper (arXiv 2503.10622 v2; recipe with drop-path 0.1 for
+ViT-B), or of Derf's (arXiv 2512.10938 v2; every function there has a learnable shift, drop-path 0.15 for ViT-B).
 """
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,54 +22,215 @@ from torch import Tensor, nn
 FORMULA = "row-expanded formula"
 
 
-def dyt(
+def dyt(z: Tensor) -> Tensor:
+    """DyT, equation 1 of its paper: ViT-B 82.5, ViT-S 80.3; with a shift 82.6 (Derf's paper)."""
+    return torch.tanh(z)
+
+
+def hardtanh(z: Tensor) -> Tensor:
+    """Clip to [-1, 1]: ViT-B 82.2, ViT-S 79.9 (DyT's paper); as `linear-clip`, with a shift, 82.3 (Derf's)."""
+    return F.hardtanh(z)
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    """1 / (1 + exp(-z)), not centred at zero: ViT-B 81.6, ViT-S 79.6 (DyT's paper)."""
+    return torch.sigmoid(z)
+
+
+def identity(z: Tensor) -> Tensor:
+    """Return z; alpha stays: ViT-B 61.0 and ViT-S 58.5 before training diverges (DyT's paper)."""
+    return z
+
+
+def derf(z: Tensor) -> Tensor:
+    """Error function, with a shift from 0: ViT-B 82.8, ViT-L 83.8; ViT-B without the shift 82.6 (Derf's paper)."""
+    return torch.erf(z)
+
+
+def satursin(z: Tensor) -> Tensor:
+    """sin(z) within half a period, constant outside: ViT-B 82.6 (Derf's paper)."""
+    return torch.sin(z.clamp(-math.pi / 2, math.pi / 2))
+
+
+def arcsinh_clip(z: Tensor) -> Tensor:
+    """Inverse hyperbolic sine, clipped to [-1, 1]: ViT-B 82.5 (Derf's paper)."""
+    return torch.asinh(z).clamp(-1, 1)
+
+
+def exproot(z: Tensor) -> Tensor:
+    """sign(z) (1 - exp(-sqrt|z|)): ViT-B 82.4 (Derf's paper). Its slope grows without bound towards 0; at 0 it is 0."""
+    # The root of |z| has no finite gradient at 0, and 0 * inf would make the whole layer's gradient NaN.
+    root = torch.where(z == 0, 1, z.abs()).sqrt()
+    return torch.sign(z) * -torch.expm1(-root)
+
+
+def arctan(z: Tensor) -> Tensor:
+    """2 / pi * arctan(z): ViT-B 82.4 (Derf's paper)."""
+    return 2 / math.pi * torch.atan(z)
+
+
+def smoothsign(z: Tensor) -> Tensor:
+    """z / (1 + |z|): ViT-B 82.4 (Derf's paper)."""
+    return z / (1 + z.abs())
+
+
+def isru(z: Tensor) -> Tensor:
+    """z / sqrt(1 + z²), inverse square root unit: ViT-B 82.3 (Derf's paper)."""
+    z = z.clamp(-1e9, 1e9)  # beyond, it is 1 to the last bit, and z² would overflow
+    return z * torch.rsqrt(1 + z * z)
+
+
+def expsign(z: Tensor) -> Tensor:
+    """sign(z) (1 - exp(-|z|)): ViT-B 82.2 (Derf's paper)."""
+    return torch.sign(z) * -torch.expm1(-z.abs())
+
+
+def cubsign(z: Tensor) -> Tensor:
+    """z³ / (1 + |z|³), flat around 0: ViT-B 81.4 (Derf's paper)."""
+    cube = z.abs().clamp(max=1e6) ** 3  # beyond, it is 1 to the last bit, and z³ would overflow
+    return torch.sign(z) * cube / (1 + cube)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    f.__name__: f
+    for f in (
+        dyt, derf, identity, hardtanh, sigmoid, satursin, arcsinh_clip, exproot, arctan, smoothsign, isru, expsign,
+        cubsign,
+    )
+}  # fmt: skip
+# DyISRU, sqrt(C) x / sqrt(beta + x²) (Stollenwerk, arXiv 2503.21708), is isru at alpha = 1 / sqrt(beta), times sqrt(C).
+# Its author trains nothing, so there is no published figure.
+FUNCTIONS["dyisru"] = isru
+
+
+def point_wise(
+    f: Callable[[Tensor], Tensor],
     x: Float[Tensor, "..."],
-    alpha: Float[Tensor, "1"],
-    weight: Float[Tensor, "c"] | None,
-    bias: Float[Tensor, "c"] | None,
+    inner: tuple[Tensor, Tensor | None],
+    affine: tuple[Tensor | None, Tensor | None],
     channel_axis: int = -1,
 ) -> Float[Tensor, "..."]:
-    """Compute weight * tanh(alpha * x) + bias, in float32 or better, and return it in the dtype of x.
+    """Compute weight * f(alpha * x + shift) + bias, in float32 or better, and return it in the dtype of x.
 
-    alpha is expanded over rows before it is used. The value is the same, but its gradient then is a sum a row
-    followed by a small sum, which torch.compile folds into the one backward kernel of x, weight and bias; the
+    `inner` is (alpha, shift), each of shape (1,) or (C,); `affine` is (weight, bias), each (C,); None leaves one out.
+
+    A scalar alpha is expanded over rows before it is used. The value is the same, but its gradient then is a sum a
+    row followed by a small sum, which torch.compile folds into the one backward kernel of x, weight and bias; the
     gradient of an unexpanded scalar costs a pass over the activations of its own.
     """
-    rows = list(x.shape)
-    rows[channel_axis] = 1
-    maths = torch.promote_types(x.dtype, torch.float32)
-    y = torch.tanh(alpha.expand(rows) * x.to(maths))
-    shape = [1] * x.ndim
-    shape[channel_axis] = -1
+    rows, channels = list(x.shape), [1] * x.ndim
+    rows[channel_axis], channels[channel_axis] = 1, -1
+
+    def spread(value: Tensor) -> Tensor:
+        return value.expand(rows) if value.numel() == 1 else value.view(channels)
+
+    alpha, shift = inner
+    weight, bias = affine
+    z = spread(alpha) * x.to(torch.promote_types(x.dtype, torch.float32))
+    y = f(z if shift is None else z + spread(shift))
     if weight is not None:
-        y = y * weight.view(shape)
+        y = y * weight.view(channels)
     if bias is not None:
-        y = y + bias.view(shape)
+        y = y + bias.view(channels)
     return y.to(x.dtype)
 
 
-class DynamicTanh(nn.Module):
-    """Dynamic Tanh in the place of a LayerNorm over `num_channels`.
+class PointWise(nn.Module):
+    """A point-wise function in the place of a norm over `num_channels`; `function` is a name of FUNCTIONS.
 
-    Parameters carry the names of the reference implementation (jiachenzhu/DyT, dynamic_tanh.py), so that state
-    dicts are exchangeable: `alpha` of shape (1,), `weight` and `bias` of shape (C,), each of the latter two
-    missing where the norm had none.
+    Parameters carry the names of the reference implementations (jiachenzhu/DyT, dynamic_tanh.py; zlab-princeton/Derf,
+    ViT/dynamic_erf.py), so that state dicts are exchangeable: `alpha` and, if `shift_init` is given, `shift`, of shape
+    (1,), or (C,) with `per_channel_alpha`; `weight` and `bias` of shape (C,), or None.
+
+    `eps` is that of the norm replaced: unused, but models read it off their norms.
     """
 
-    def __init__(self, num_channels: int, alpha_init: float, channel_axis: int = -1):
+    def __init__(
+        self,
+        num_channels: int,
+        function: str = "dyt",
+        alpha_init: float = 0.5,
+        shift_init: float | None = None,
+        channel_axis: int = -1,
+        per_channel_alpha: bool = False,
+    ):
         super().__init__()
-        self.num_channels = num_channels
+        self.normalized_shape = (num_channels,)
+        self.function = function
         self.alpha_init = alpha_init
         self.channel_axis = channel_axis
-        self.alpha = nn.Parameter(torch.full((1,), alpha_init))
+        self.eps = 0.0
+        size = num_channels if per_channel_alpha else 1
+        self.alpha = nn.Parameter(torch.full((size,), alpha_init))
+        self.shift = None if shift_init is None else nn.Parameter(torch.full((size,), shift_init))
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_channels))
+        self.gain = math.sqrt(num_channels) if function == "dyisru" else 1.0
+        self.drop: nn.Module | None = None
+        self.act: nn.Module | None = None
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Map activations of any shape with `num_channels` on the channel axis to the same shape and dtype."""
-        return dyt(x, self.alpha, self.weight, self.bias, self.channel_axis)
+        """Map activations of any shape with C on the channel axis to the same shape and dtype."""
+        weight = self.weight
+        if self.gain != 1.0:
+            weight = self.gain * (weight if weight is not None else x.new_ones(self.normalized_shape))
+        inner, affine = (self.alpha, self.shift), (weight, self.bias)
+        return _fused(self, point_wise(FUNCTIONS[self.function], x, inner, affine, self.channel_axis))
 
     def extra_repr(self) -> str:
-        """Say channels, initial alpha and layout."""
+        """Say channels, function, initial alpha and layout."""
         layout = "channels_last" if self.channel_axis == -1 else "channels_first"
-        return f"{self.num_channels}, alpha_init={self.alpha_init:g}, {layout}"
+        return f"{self.normalized_shape[0]}, {self.function}, alpha_init={self.alpha_init:g}, {layout}"
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) over channels, in any layout: weight, no bias, as torch's F.rms_norm has it.
+
+    ViT-B 82.4, ViT-L 83.0 (Derf's paper).
+    """
+
+    def __init__(self, num_channels: int, channel_axis: int, eps: float):
+        super().__init__()
+        self.normalized_shape = (num_channels,)
+        self.channel_axis = channel_axis
+        self.eps = eps
+        self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
+        self.drop: nn.Module | None = None
+        self.act: nn.Module | None = None
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Divide each token, or pixel, by the root mean square of its channels; shape and dtype stay."""
+        maths = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(self.channel_axis, -1)
+        y = F.rms_norm(maths, self.normalized_shape, self.weight, self.eps)
+        return _fused(self, y.movedim(-1, self.channel_axis).to(x.dtype))
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu and He 2018) over all tokens, or pixels, and a group's channels, in any layout.
+
+    ViT-B 82.5, ViT-L 83.1 (Derf's paper, which leaves the number of groups open).
+    """
+
+    def __init__(self, num_channels: int, num_groups: int, channel_axis: int, eps: float):
+        super().__init__()
+        self.normalized_shape = (num_channels,)
+        self.num_groups = num_groups
+        self.channel_axis = channel_axis
+        self.eps = eps
+        self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_channels))
+        self.drop: nn.Module | None = None
+        self.act: nn.Module | None = None
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Normalize each group of channels of each image; shape and dtype stay."""
+        maths = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(self.channel_axis, 1)
+        y = F.group_norm(maths, self.num_groups, self.weight, self.bias, self.eps)
+        return _fused(self, y.movedim(1, self.channel_axis).to(x.dtype))
+
+
+def _fused(layer: "PointWise | RmsNorm | GroupNorm", y: Tensor) -> Tensor:
+    """Apply the drop-out and the activation that timm has fused into some norms (`drop`, `act`), if there are any."""
+    if layer.drop is not None:
+        y = layer.drop(y)
+    return y if layer.act is None else layer.act(y)

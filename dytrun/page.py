@@ -35,12 +35,36 @@ class Curve(NamedTuple):
     points: list[tuple[float, float]]
 
 
+class AlphaPoint(NamedTuple):
+    """Top-1 of an arm whose alphas start at `alpha_init`; None where every run of it diverged or failed."""
+
+    alpha_init: float
+    top1: float | None
+    std: float | None
+
+
+class AlphaSweep(NamedTuple):
+    """Arms that differ in alpha_init alone."""
+
+    title: str
+    points: list[AlphaPoint]
+    others: list[tuple[str, float]]
+    """Label and top-1 of the arms of the pair that have no alpha."""
+
+
+class Charts(NamedTuple):
+    """Everything that is drawn."""
+
+    sweeps: list[AlphaSweep]
+    curves: list[Curve]
+
+
 def write(
     path: Path,
     verdicts: Sequence[str],
     table: tuple[Sequence[str], Sequence[Sequence[str]]],
     remarks: Sequence[str],
-    curves: list[Curve],
+    charts: Charts,
 ) -> None:
     """Write the page whole or not at all."""
     parts = [
@@ -50,7 +74,8 @@ def write(
         _table(*table),
         "</div>",
         *(f"<p>{html.escape(remark)}</p>" for remark in remarks),
-        *_charts(curves),
+        *(part for sweep in charts.sweeps for part in _alpha_chart(sweep)),
+        *_charts(charts.curves),
     ]
     text = (
         "<!doctype html>\n<html lang=en>\n<head><meta charset=utf-8>"
@@ -77,14 +102,46 @@ def _charts(curves: list[Curve]) -> list[str]:
         charts.append(f"<h2>{html.escape(own[0].title)} (pair {pair_id})</h2>")
         for metric, title in _TITLES.items():
             figure = _figure([curve for curve in own if curve.metric == metric], title)
-            charts.append(
-                f'<div class=chart role=img aria-label="{html.escape(title)} over epochs, one line a run">'
-                + figure.to_html(
-                    full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
-                )
-                + "</div>"
-            )
+            charts.append(_chart(figure, f"{title} over epochs, one line a run"))
     return charts
+
+
+def _alpha_chart(sweep: AlphaSweep) -> list[str]:
+    """Draw top-1 against alpha_init, with what has no alpha as level lines, and diverged arms at the foot."""
+    figure = go.Figure()
+    known = [point for point in sweep.points if point.top1 is not None]
+    figure.add_scatter(
+        x=[point.alpha_init for point in known],
+        y=[point.top1 for point in known],
+        error_y={"type": "data", "array": [point.std or 0 for point in known]},
+        mode="lines+markers",
+        name="top-1",
+        line={"color": _COLOURS[1]},
+    )
+    lost = [point.alpha_init for point in sweep.points if point.top1 is None]
+    if lost:
+        figure.add_scatter(
+            x=lost, y=[min((point.top1 or 0 for point in known), default=0)] * len(lost), mode="markers+text",
+            text=["diverged"] * len(lost), textposition="top center", name="diverged or failed",
+            marker={"symbol": "x", "size": 12, "color": _COLOURS[3]},
+        )  # fmt: skip
+    for number, (label, top1) in enumerate(sweep.others):
+        colour = _COLOURS[(0, *range(4, len(_COLOURS)))[number % 5]]
+        figure.add_hline(y=top1, line={"color": colour, "dash": "dash"}, annotation_text=label)
+    ticks = [point.alpha_init for point in sweep.points]
+    _lay_out(figure, "Validation top-1, %, against alpha_init", "alpha_init")
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    said = "; ".join(f"{point.alpha_init:g}: " + (f"{point.top1:.2f}" if point.top1 is not None else "diverged")
+                     for point in sweep.points)  # fmt: skip
+    return [f"<h2>{html.escape(sweep.title)}</h2>", _chart(figure, f"Top-1 in percent against alpha_init: {said}")]
+
+
+def _chart(figure: go.Figure, said: str) -> str:
+    """Return a figure as HTML, with what a screen reader says of it."""
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+    )
+    return f'<div class=chart role=img aria-label="{html.escape(said)}">{drawn}</div>'
 
 
 def _figure(curves: list[Curve], title: str) -> go.Figure:
@@ -101,9 +158,14 @@ def _figure(curves: list[Curve], title: str) -> go.Figure:
             legendgroup=curve.arm,
             line={"color": _COLOURS[number % len(_COLOURS)], "dash": _DASHES[seeds.index(curve.seed) % len(_DASHES)]},
         )
+    _lay_out(figure, title, "epoch")
+    return figure
+
+
+def _lay_out(figure: go.Figure, title: str, x_title: str) -> None:
     figure.update_layout(
         title=title,
-        xaxis_title="epoch",
+        xaxis_title=x_title,
         height=440,
         margin={"l": 60, "r": 20, "t": 50, "b": 90},
         paper_bgcolor="rgba(0,0,0,0)",
@@ -114,4 +176,3 @@ def _figure(curves: list[Curve], title: str) -> go.Figure:
     )
     figure.update_xaxes(gridcolor="#8884", zeroline=False)
     figure.update_yaxes(gridcolor="#8884", zeroline=False)
-    return figure

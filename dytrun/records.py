@@ -158,7 +158,11 @@ class RunResult:
     peak_mem_gib: float | None = None
     train_seconds: float | None = None
     alpha: Mapping[str, float] = field(default_factory=dict)
-    """Final alpha of each site."""
+    """Final alpha of each site; its mean where there is one a channel."""
+    init: Mapping[str, Any] = field(default_factory=dict)
+    """What the run started from, where that is a file: what was copied, what was new, how calibration went."""
+    published: Mapping[str, Any] | None = None
+    """The published result that the run's experiment page is about, and what the run has changed of it."""
 
     def save(self, path: Path) -> None:
         """Write the result whole or not at all."""
@@ -170,6 +174,13 @@ class RunResult:
         values = json.loads(path.read_text())
         names = {item.name for item in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in names})
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value in one, value in the other) wherever two sciences differ, seeds apart."""
+    left, right = _flat(one), _flat(other)
+    keys = [key for key in sorted(left.keys() | right.keys()) if key != "seed" and left.get(key) != right.get(key)]
+    return [(key, left.get(key), right.get(key)) for key in keys]
 
 
 def to_json_line(record: Record) -> str:
@@ -195,6 +206,13 @@ def whole_lines(path: Path) -> list[str]:
         return []
     text = path.read_text()
     return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _finite(value: Any) -> Any:

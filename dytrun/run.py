@@ -18,10 +18,11 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import augment, convert, machine, norm, optim
-from dytrun.checkpoint import Store
+from dytrun import machine, norm, optim
+from dytrun.arm import build_arm
+from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import EvalConfig, RunConfig
-from dytrun.data import INIT, RankShare, ValBatches, train_batches
+from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.distributed import Place, barrier, session
 from dytrun.engine import (
     Diverged,
@@ -36,13 +37,17 @@ from dytrun.engine import (
 )
 from dytrun.errors import UserError
 from dytrun.evaluate import evaluate
-from dytrun.model import build_model, check_forward, compile_model
-from dytrun.records import Accuracy, EvalRecord, Record, RunResult
+from dytrun.model import compile_model, trainable
+from dytrun.records import Accuracy, EvalRecord, Record, RunResult, write_json
 from dytrun.sources import Data, load_data
 from dytrun.terminal import Display
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
 from dytrun.validation import validate
+from dytrun.warmstart import calibrate_start, load_start, wants_calibration
+
+# Which implementation computes the norms that are no point-wise layers.
+_NORM_IMPL = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"}
 
 
 def train_rank(run_dir: str) -> None:
@@ -62,26 +67,28 @@ def train_here(config: RunConfig, directory: Path) -> None:
         plan = optim.plan_steps(config, len(data.train.labels), place.world)
         model, sites = build_arm(config, data.num_classes)
         model = _placed(model, config, place)
-        state = build_state(model, config, place.device)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
-        _resume(state, store, place)
-        compile_model(model, config.machine.compile)
-        clock = Clock(place.device, config.global_batch)
+        saved = _newest(store, place)
         workers = machine.worker_count(config.machine.workers, place.device)
         share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
-                          state.step, plan.total_steps)  # fmt: skip
+                          saved.step if saved else 0, plan.total_steps)  # fmt: skip
         here = place.rank, place.world, place.device
-        val = ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here)
         around = Surroundings(
             plan=plan,
             place=place,
-            clock=clock,
+            clock=Clock(place.device, config.global_batch),
             train=train_batches(config, data, share, place.device, workers),
-            val=val,
+            val=ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here),
             num_val=len(data.val.labels),
             store=store,
-            sites=[site.name for site in sites] if config.norm.name != "ln" else [],
+            sites=[site.name for site in sites if site.alpha_init is not None],
         )
+        if saved is None:
+            _warm_start(config, model, data, around, directory)
+        state = build_state(model, config, place.device)
+        if saved is not None:
+            restore(state, saved)
+        compile_model(model, config.machine.compile)
         result = facts(config, place, data, model) | {
             "num_norm_sites": len(sites),
             "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
@@ -95,7 +102,7 @@ def train_here(config: RunConfig, directory: Path) -> None:
         tracker, ended = Tracker(config, directory, state.step, display.note), None
         try:
             last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
-            ended = RunResult(**result, **outcome(state, around, last, message))
+            ended = RunResult(**result, **outcome(state, around, last, message), init=_init_facts(directory))
             if last is not None:
                 _save_correct(directory / "correct.npz", last)
             ended.save(directory / "result.json")
@@ -130,56 +137,6 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     return {"step": saved.step, "accuracy": found} if place.is_first else None
 
 
-def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """Say what a run would do, building its model on the meta device and touching nothing.
-
-    Raises:
-        UserError: whatever would stop the run before its first step.
-    """
-    _, world = machine.resolve_devices(config.machine.devices)
-    # The model first: it can be wrong without any data at hand.
-    model, sites = build_arm(config, config.data.num_classes or 2, device="meta")
-    if config.dry_run and config.data.name == "imagenet" and not config.data.root:
-        num_train, num_classes = config.data.num_train or 0, config.data.num_classes or 0
-        images = f"{num_train:,} training images, {num_classes} classes (data.root is not set: needed to train)"
-    else:
-        data = load_data(config.data)
-        num_train, num_classes = len(data.train.labels), data.num_classes
-        images = f"{num_train:,} training and {len(data.val.labels):,} validation images, {num_classes} classes"
-    plan = optim.plan_steps(config, num_train, world)
-    if config.data.num_classes is None:
-        model, sites = build_arm(config, num_classes, device="meta")
-    check_forward(model, config.model.name, num_classes, config.data.image_size)
-    num_params = _num_params(model)
-    left = convert.norms_left(model)
-    kinds = sorted({site.kind.rpartition(".")[2] for site in sites})
-    verb = "LayerNorm sites kept" if config.norm.name == "ln" else "sites converted to DyT"
-    optimizer = config.optim
-    return [
-        ("run", f"{config.run_dir}"),
-        ("model", f"{config.model.name}: {num_params:,} parameters, {config.data.image_size} px"),
-        ("norm", f"{config.norm.name}: {len(sites)} {verb} ({', '.join(kinds) or 'none'}); left alone: "
-         + (", ".join(f"{count} {kind}" for kind, count in left.items()) or "none")),
-        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_twin(config, model, len(sites))}"),
-        ("data", f"{config.data.name}: {images}"),
-        ("steps", f"{plan.total_steps:,} = {config.epochs} epochs × {plan.steps_per_epoch}"),
-        ("batch", f"{config.global_batch} = {world} rank(s) × {plan.accumulation} micro-batch(es) × "
-         f"{plan.batch_per_rank}"),
-        ("schedule", f"AdamW, lr 0 → {optimizer.lr:g} in {plan.warmup_steps:,} steps, cosine → {optimizer.min_lr:g}, "
-         f"weight decay {optimizer.weight_decay:g}, betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}"),
-        *_advice(config, plan),
-    ]  # fmt: skip
-
-
-def build_arm(config: RunConfig, num_classes: int, device: str = "cpu") -> tuple[nn.Module, list[convert.Site]]:
-    """Build the model of a run and convert its norms; both arms of a pair start from bit-equal weights."""
-    augment.seeded(config.seed, INIT)
-    model = build_model(config.model, num_classes, config.data.image_size, device)
-    if config.norm.name == "ln":
-        return model, convert.norm_sites(model, required=False)
-    return model, convert.convert_norms(model, config.norm.alpha_init)
-
-
 def load_config(run_dir: Path) -> RunConfig:
     """Read a run's configuration back.
 
@@ -197,8 +154,8 @@ def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict
     compiled = {"off": "eager", "blocks": "compiled block by block", "model": "compiled whole"}[config.machine.compile]
     commit, dirty = machine.commit()
     return identity(config) | {
-        "num_params": _num_params(model),
-        "norm_impl": f"{'F.layer_norm' if config.norm.name == 'ln' else norm.FORMULA}, {compiled}",
+        "num_params": trainable(model),
+        "norm_impl": f"{_NORM_IMPL.get(config.norm.name, norm.FORMULA)}, {compiled}",
         "device": machine.device_name(place.device),
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,
@@ -219,6 +176,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "model": config.model.name,
         "norm": config.norm.name,
         "alpha_init": getattr(config.norm, "alpha_init", None),
+        "published": config.published.model_dump() if config.published else None,
         "seed": config.seed,
         "epochs": config.epochs,
         "science": config.science(),
@@ -232,7 +190,7 @@ def outcome(state: State, around: Surroundings, last: EvalRecord | None, message
         "message": message,
         "steps": state.step,
         "train_seconds": state.train_seconds + around.clock.train_seconds,
-        "alpha": {site: state.model.get_parameter(f"{site}.alpha").item() for site in around.sites},
+        "alpha": {site: state.model.get_parameter(f"{site}.alpha").mean().item() for site in around.sites},
     }
     if last is not None:
         values |= {"top1": last.raw.top1, "top5": last.raw.top5, "val_loss": last.raw.loss, "num_val": last.raw.num}
@@ -264,13 +222,32 @@ def _follow(
     return last or evaluate_state(config, state, around), None
 
 
-def _resume(state: State, store: Store, place: Place) -> None:
-    """Go on from the newest whole checkpoint; rank 0 looks first, because it puts a damaged one aside."""
+def _newest(store: Store, place: Place) -> Checkpoint | None:
+    """Return the newest whole checkpoint; rank 0 looks first, because it puts a damaged one aside."""
     saved = store.load() if place.is_first else None
     barrier()
-    saved = saved if place.is_first else store.load()
-    if saved is not None:
-        restore(state, saved)
+    return saved if place.is_first else store.load()
+
+
+def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroundings, directory: Path) -> None:
+    """Start from a file of weights, if the run has one, and write down in init.json what came out of it."""
+    start = load_start(config, model)
+    if start is None:
+        return
+    found = start.facts()
+    if wants_calibration(config):
+
+        def accuracy(module: nn.Module) -> Accuracy:
+            return evaluate(module, around.val(), around.num_val, autocast(config, around.place.device))
+
+        found["calibration"] = calibrate_start(config, start, model, data, around.place, accuracy)
+    if around.place.is_first:
+        write_json(directory / "init.json", found)
+
+
+def _init_facts(directory: Path) -> dict[str, Any]:
+    path = directory / "init.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _save_correct(path: Path, last: EvalRecord) -> None:
@@ -289,35 +266,3 @@ def _placed(model: nn.Module, config: RunConfig, place: Place) -> nn.Module:
         chosen = place.device.type == "cuda" and "convnext" in config.model.name
     model = model.to(place.device)
     return model.to(memory_format=torch.channels_last) if chosen else model  # pyright: ignore[reportCallIssue]
-
-
-def _twin(config: RunConfig, model: nn.Module, num_sites: int) -> str:
-    """Say what the other arm of the pair is."""
-    if config.norm.name != "ln":
-        return f"the twin with norm=ln has {_num_params(model) - num_sites:,} parameters"
-    try:
-        convert.norm_sites(model)
-    except UserError as error:
-        return f"no twin with norm=dyt ({str(error).partition('; ')[0]})"
-    return f"the twin with norm=dyt has {_num_params(model) + num_sites:,} parameters"
-
-
-def _advice(config: RunConfig, plan: optim.Plan) -> list[tuple[str, str]]:
-    rows = []
-    if config.ema.enabled and (memory := 1 / (1 - config.ema.decay)) * 3 > plan.total_steps:
-        rows.append(("EMA", f"ema.decay={config.ema.decay:g} averages over about {memory:,.0f} steps, and this run has "
-                     f"{plan.total_steps:,}: its average will lag behind; ema=off, or a smaller decay"))  # fmt: skip
-    if config.global_batch != optim.PAPER_BATCH:
-        scaled = optim.PAPER_LR * config.global_batch / optim.PAPER_BATCH
-        rows.append(("lr rule", f"optim.lr is absolute and does not scale by itself; the paper's {optim.PAPER_LR:g} at "
-                     f"{optim.PAPER_BATCH} scaled linearly to {config.global_batch} is {scaled:.3g}"))  # fmt: skip
-    if config.precision == "fp32":
-        rows.append(("precision", "fp32 with TF32 products on CUDA, as the paper's ImageNet runs; precision=bf16 is "
-                     "the faster choice on a GPU"))  # fmt: skip
-    else:
-        rows.append(("precision", f"{config.precision} autocast, float32 weights"))
-    return rows
-
-
-def _num_params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -18,6 +18,8 @@ EXAMPLES = {
         "dytrun train model=vit_b norm=dyt dry_run=true",
         "dytrun train -m model=vit_b norm=ln,dyt seed=0,1,2 precision=bf16",
         "dytrun train -m model=vit_b norm=dyt norm.alpha_init=0.1,0.3,0.5,0.8,1.2",
+        "dytrun train experiment=vit_b_derf data.root=/data/imagenet dry_run=true",
+        "dytrun train model=vit_b norm=dyt init_from=ln.safetensors norm.calibrate=true epochs=30",
     ),
     "eval": (
         "dytrun eval runs/NAME",
@@ -54,7 +56,7 @@ def command_help(verb: str, config_dir: str | None) -> str:
         for folder in folders:
             for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
                 lines.append(f"  {group.name}=")
-                lines += [f"    {path.stem:<14} {_summary(path)}" for path in sorted(group.glob("*.yaml"))]
+                lines += [f"    {path.stem:<20} {_summary(path)}" for path in sorted(group.glob("[!_]*.yaml"))]
                 if group.name != "experiment":
                     lines.append(f"    keys: {' '.join(_keys(group))}")
     lines += ["", "Keys (key=value, section.key=value):"]
@@ -70,6 +72,7 @@ def _keys(group: Path) -> list[str]:
     """Return the dotted keys that the options of a group set."""
     texts = [path.read_text() for path in sorted(group.glob("*.yaml")) if "@package" not in path.read_text()]
     found = (line.partition(":")[0] for text in texts for line in text.splitlines() if line[:1].isalpha())
+    found = (key for key in found if key != "defaults")
     return [f"{group.name}.{key}" for key in dict.fromkeys(found)]
 
 

@@ -4,15 +4,19 @@ import pytest
 import timm
 import torch
 from conftest import config_of, tiny
-from timm.layers import LayerNorm2d, LayerNormAct, LayerNormAct2d
-from timm.layers.norm import LayerNorm2dFp32
+from timm.layers import LayerNorm2d, LayerNormAct, LayerNormAct2d, RmsNorm
+from timm.layers.norm import GroupNorm1, LayerNorm2dFp32
 from torch import nn
 
-from dytrun.convert import convert_norms, norm_sites, norms_left
+from dytrun.arm import build_arm
+from dytrun.convert import Conversion, chosen_sites, convert_norms
 from dytrun.errors import UserError
 from dytrun.model import check_forward
-from dytrun.norm import DynamicTanh
-from dytrun.run import build_arm
+from dytrun.norm import GroupNorm, PointWise
+from dytrun.norm import RmsNorm as OurRmsNorm
+from dytrun.sites import norm_sites, norms_left
+
+DYT = Conversion()
 
 # model: (sites, channels-first sites, parameters with LN); the reference's main.py on timm gives the same.
 PUBLISHED = {
@@ -53,6 +57,34 @@ def test_twins_are_bit_equal_but_for_the_alphas(name):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+# norm: (parameters a site more than LN, on the tiny ViT of 5 sites and 16 channels)
+MEMBERS = {
+    ("dyt",): 1, ("derf",): 2, ("identity",): 1, ("dyisru",): 1, ("rms",): -16, ("group", "norm.num_groups=4"): 0,
+    ("dyt", "norm.affine=false"): 1 - 32, ("dyt", "norm.per_channel_alpha=true"): 16,
+    ("derf", "norm.per_channel_alpha=true"): 32, ("dyt", "norm.shift_init=0"): 2, ("rms", "norm.affine=false"): -32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", MEMBERS, ids=" ".join)
+def test_each_member_of_the_family_adds_what_it_says_and_trains(norm):
+    plain, _ = build_arm(tiny(), 10)
+    model, sites = build_arm(tiny(f"norm={norm[0]}", *norm[1:]), 10)
+    more = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert (len(sites), more) == (5, 5 * MEMBERS[norm])
+    shared = plain.state_dict().keys() & model.state_dict().keys()
+    assert all(torch.equal(plain.state_dict()[name], model.state_dict()[name]) for name in shared)
+    model(torch.randn(2, 3, 8, 8)).logsumexp(1).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_an_alpha_that_is_not_learned_has_no_gradient_and_stays_in_the_state_dict():
+    model, sites = build_arm(tiny("norm=dyt", "norm.learn_alpha=false", "norm.alpha_init=1"), 10)
+    model(torch.randn(2, 3, 8, 8)).logsumexp(1).sum().backward()
+    for site in sites:
+        alpha = model.get_parameter(f"{site.name}.alpha")
+        assert (alpha.requires_grad, alpha.grad, alpha.item()) == (False, None, 1.0)
+
+
 # model: (sites, what is left)
 FAMILIES = {
     "swin_tiny_patch4_window7_224": (29, {}),
@@ -61,6 +93,7 @@ FAMILIES = {
     "davit_tiny": (29, {}),
     "xcit_nano_12_p16_224": (41, {"BatchNorm2d": 16}),
     "convnextv2_atto": (17, {"GlobalResponseNorm": 12}),
+    "caformer_s18": (42, {}),
 }
 
 
@@ -75,18 +108,13 @@ def test_other_families_convert_and_take_images(name):
 def test_converting_draws_no_random_number():
     model = timm.create_model("convnext_atto", num_classes=3)
     state = torch.get_rng_state()
-    convert_norms(model, 0.5)
+    convert_norms(model, DYT)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_alpha_starts_where_it_is_told():
-    model, sites = build_arm(tiny("norm=dyt", "norm.alpha_init=0.8"), 10)
-    assert [model.get_parameter(f"{site.name}.alpha").item() for site in sites] == [pytest.approx(0.8)] * 5
 
 
 def test_affine_dtype_device_flags_and_gradients_are_kept():
     model = nn.Sequential(
-        nn.LayerNorm(4, elementwise_affine=False),
+        nn.LayerNorm(4, dtype=torch.bfloat16, elementwise_affine=False),
         nn.LayerNorm(4, bias=False),
         nn.LayerNorm(4, dtype=torch.bfloat16),
         nn.LayerNorm(4, device="meta"),
@@ -94,7 +122,7 @@ def test_affine_dtype_device_flags_and_gradients_are_kept():
     nn.init.zeros_(model[1].weight)
     model[2].bias.requires_grad_(False)
     model[0].eval()
-    convert_norms(model, 0.5)
+    convert_norms(model, DYT)
     assert (model[0].weight, model[0].bias) == (None, None)
     assert model[1].bias is None
     assert model[1].weight.tolist() == [0.0] * 4
@@ -104,61 +132,233 @@ def test_affine_dtype_device_flags_and_gradients_are_kept():
     assert [module.training for module in model] == [False, True, True, True]
 
 
+def test_an_affineless_norm_takes_device_and_dtype_from_its_model():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.LayerNorm(4, elementwise_affine=False))
+    convert_norms(model, DYT)
+    assert model[1].alpha.dtype == torch.bfloat16
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))
+    convert_norms(model, DYT)
+    assert model[1].alpha.device.type == "meta"
+
+
 def test_layouts_follow_the_exact_type():
     model = nn.ModuleDict({"first": LayerNorm2d(6), "fp32": LayerNorm2dFp32(6), "last": nn.LayerNorm(6)})
-    sites = convert_norms(model, 0.5)
+    sites = convert_norms(model, DYT)
     assert [(site.name, site.channels_last) for site in sites] == [("first", False), ("fp32", False), ("last", True)]
     assert model["fp32"](torch.randn(2, 6, 6, 6)).shape == (2, 6, 6, 6)
+
+
+@pytest.mark.parametrize("how", [DYT, Conversion(affine=False), Conversion(name="rms"), Conversion(name="group")])
+def test_a_fused_activation_and_drop_out_stay(how):
+    """timm's LayerNormAct activates after normalizing; its twin must too, and not in place on what backward needs."""
+    model = nn.Sequential(LayerNormAct(4, act_layer=nn.ReLU, inplace=True), LayerNormAct2d(4, act_layer=nn.GELU))
+    model[0].drop = nn.Dropout(0.5)
+    convert_norms(model, how)
+    model.eval()
+    x = torch.randn(3, 4, requires_grad=True)
+    y = model[0](x)
+    assert bool((y >= 0).all())
+    assert bool((y == 0).any())
+    y.sum().backward()
+    assert isinstance(model[0].drop, nn.Dropout)
+    bare = model[1](torch.randn(2, 4, 3, 3))
+    assert bare.min() >= -0.2, "GELU is never lower"
+
+
+def test_the_same_values_as_the_plain_formula_before_the_fused_activation():
+    torch.manual_seed(0)
+    model = nn.Sequential(LayerNormAct2d(4, act_layer=nn.ReLU))
+    nn.init.normal_(model[0].weight)
+    weight = model[0].weight.detach().clone().view(1, 4, 1, 1)
+    convert_norms(model, DYT)
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.allclose(model(x), torch.relu(weight * torch.tanh(0.5 * x)))
 
 
 def test_a_shared_norm_stays_shared():
     model = nn.Module()
     model.a = model.b = nn.LayerNorm(4)
-    assert len(convert_norms(model, 0.5)) == 1
-    assert isinstance(model.a, DynamicTanh)
+    assert len(convert_norms(model, DYT)) == 1
+    assert isinstance(model.a, PointWise)
     assert model.a is model.b
 
 
-@pytest.mark.parametrize("norm", [LayerNormAct(4), LayerNormAct2d(4), nn.LayerNorm((2, 4))])
+class _Odd(nn.LayerNorm):
+    """A LayerNorm of a class that nobody knows, which might do anything besides."""
+
+
+@pytest.mark.parametrize("norm", [_Odd(4), nn.LayerNorm((2, 4))])
 def test_a_norm_without_a_twin_is_refused_by_name_and_nothing_is_touched(norm):
     model = nn.Sequential(nn.LayerNorm(4), norm)
-    with pytest.raises(UserError, match=rf"1 \(.*{type(norm).__name__}\)"):
-        convert_norms(model, 0.5)
+    with pytest.raises(UserError, match=rf"1 norms .* first 1 \({type(norm).__name__}\)"):
+        convert_norms(model, DYT)
     assert isinstance(model[0], nn.LayerNorm)
+    # One that is left out need not have a twin.
+    assert [site.name for site in convert_norms(model, Conversion(exclude=["1"]))] == ["0"]
 
 
 def test_a_model_without_layernorm_is_refused_and_its_norms_are_counted():
     model = timm.create_model("resnet18", num_classes=2)
     with pytest.raises(UserError, match=r"no LayerNorm to convert \(it has 20 BatchNorm2d\)"):
-        convert_norms(model, 0.5)
+        convert_norms(model, DYT)
 
 
 def test_a_bare_layernorm_is_refused():
     with pytest.raises(UserError, match="the model itself"):
-        convert_norms(nn.LayerNorm(4), 0.5)
+        convert_norms(nn.LayerNorm(4), DYT)
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused_and_nothing_is_touched():
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(6))
+    with pytest.raises(UserError, match=r"norm\.num_groups: 4 groups cannot share the 6 channels of 1"):
+        convert_norms(model, Conversion(name="group", num_groups=4))
+    assert isinstance(model[0], nn.LayerNorm)
 
 
 def test_what_is_left_is_counted():
-    assert norms_left(timm.create_model("convnextv2_atto", num_classes=2)) == {"GlobalResponseNorm": 12}
-    assert norm_sites(nn.Sequential(nn.BatchNorm1d(2)), required=False) == []
+    assert norms_left(timm.create_model("convnextv2_atto", num_classes=2)) == {
+        "GlobalResponseNorm": 12, "LayerNorm2d": 17,
+    }  # fmt: skip
+    assert norm_sites(nn.Sequential(nn.BatchNorm1d(2))) == []
+
+
+def test_other_families_of_norms_on_request():
+    model = nn.ModuleDict(
+        {"rms": RmsNorm(4), "group": GroupNorm1(4), "groups": nn.GroupNorm(2, 4), "ln": nn.LayerNorm(4)}
+    )
+    assert [site.name for site in norm_sites(model)] == ["ln"]
+    sites = convert_norms(model, Conversion(types=["rmsnorm", "groupnorm1"]))
+    assert [(site.name, site.family, site.channels_last) for site in sites] == [
+        ("rms", "rmsnorm", True), ("group", "groupnorm1", False),
+    ]  # fmt: skip
+    assert {name for name, _ in model["rms"].named_parameters()} == {"alpha", "weight"}
+    assert {name for name, _ in model["group"].named_parameters()} == {"alpha", "weight", "bias"}
+    assert isinstance(model["groups"], nn.GroupNorm)
+    assert isinstance(model["ln"], nn.LayerNorm)
+
+
+def test_rms_and_group_take_the_place_of_layernorm_in_any_layout():
+    for name, kind in (("rms", OurRmsNorm), ("group", GroupNorm)):
+        model = timm.create_model("convnext_atto", num_classes=3, depths=(1, 1, 1, 1))
+        sites = convert_norms(model, Conversion(name=name, num_groups=8))
+        assert {type(model.get_submodule(site.name)) for site in sites} == {kind}
+        assert {site.alpha_init for site in sites} == {None}
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
 
 
 def test_zero_initialised_norms_stay_zero():
     model = timm.create_model("swinv2_tiny_window8_256", num_classes=2, depths=(1, 1, 1, 1))
     zero = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) and not m.weight.any()]
     assert zero
-    convert_norms(model, 0.5)
+    convert_norms(model, DYT)
     assert all(not model.get_submodule(name).weight.any() for name in zero)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
-def test_a_converted_model_trains(name):
+def test_readers_of_eps_and_weight_keep_working():
+    model = nn.Sequential(nn.LayerNorm(4, eps=1e-3))
+    convert_norms(model, DYT)
+    assert (model[0].eps, model[0].normalized_shape, model[0].weight.shape) == (1e-3, (4,), (4,))
+
+
+def test_torchs_fused_encoder_layer_does_not_compute_layernorm_behind_our_back():
+    """In evaluation nn.TransformerEncoderLayer hands eps, weight and bias of its norms to a kernel of its own."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=4)
-    sites = convert_norms(model, 0.5)
-    model(torch.randn(2, 3, 224, 224)).logsumexp(1).sum().backward()
-    assert all(model.get_parameter(f"{site.name}.alpha").grad is not None for site in sites)
-    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+    convert_norms(model, DYT)
+    x = torch.randn(3, 5, 8)
+    trained = model.train()(x)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), trained, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ choosing sites
+
+
+def alphas(model: nn.Module, **how) -> dict[str, float]:
+    chosen, _ = chosen_sites(model, Conversion(**how))
+    return {site.name: site.alpha_init for site in chosen}
+
+
+def test_rules_give_alpha_by_role_depth_class_and_name():
+    vit = timm.create_model("vit_tiny_patch16_224", depth=3, qk_norm=True, num_classes=2)
+    rules = {"attention": 0.8, "feed_forward": 0.2, "final": 0.3, "qk": 0.9, "*@1": 0.7, "blocks.2.norm1": 1.5}
+    assert alphas(vit, rules=rules) == {
+        "blocks.0.norm1": 0.8, "blocks.0.attn.q_norm": 0.9, "blocks.0.attn.k_norm": 0.9, "blocks.0.norm2": 0.2,
+        "blocks.1.norm1": 0.7, "blocks.1.attn.q_norm": 0.7, "blocks.1.attn.k_norm": 0.7, "blocks.1.norm2": 0.7,
+        "blocks.2.norm1": 1.5, "blocks.2.attn.q_norm": 0.9, "blocks.2.attn.k_norm": 0.9, "blocks.2.norm2": 0.2,
+        "norm": 0.3,
+    }  # fmt: skip
+    convnext = timm.create_model("convnext_atto", depths=(1, 2, 1, 1), num_classes=2)
+    found = alphas(convnext, rules={"LayerNorm2d": 0.1, "feed_forward@1-2": 0.2, "final": 0.4})
+    assert {name: found[name] for name in ("stem.1", "stages.1.downsample.0", "head.norm")} == {
+        "stem.1": 0.1, "stages.1.downsample.0": 0.1, "head.norm": 0.4,
+    }  # fmt: skip
+
+
+def test_the_alphas_of_a_model_start_where_the_rules_say():
+    model, sites = build_arm(tiny("norm=dyt", "norm.alpha_init=0.6", "norm.rules={attention: 0.8, *@1: 0.4}"), 10)
+    found = {site.name: round(model.get_parameter(f"{site.name}.alpha").item(), 6) for site in sites}
+    assert found == {
+        "blocks.0.norm1": 0.8, "blocks.0.norm2": 0.6, "blocks.1.norm1": 0.4, "blocks.1.norm2": 0.4, "fc_norm": 0.6,
+    }  # fmt: skip
+    assert found == {site.name: site.alpha_init for site in sites}
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"include": ["attention"]}, ["blocks.0.norm1", "blocks.1.norm1"]),
+        ({"exclude": ["final", "blocks.0.*"]}, ["blocks.1.norm1", "blocks.1.norm2"]),
+        ({"include": ["LayerNorm"], "exclude": ["*@0-1"]}, ["fc_norm"]),
+    ],
+)
+def test_include_and_exclude(how, expected):
+    model, _ = build_arm(tiny(), 10)
+    assert list(alphas(model, **how)) == expected
+    sites = convert_norms(model, Conversion(**how))
+    assert [site.name for site in sites] == expected
+    assert norms_left(model) == {"LayerNorm": 5 - len(expected)}
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"rules": {"atention": 0.8}}, "norm.rules: 'atention' matches no site"),
+        ({"rules": {"attention@7": 0.8}}, "norm.rules: 'attention@7' matches no site"),
+        ({"include": ["blocks.9.*"]}, "norm.include: 'blocks.9.*' matches no site"),
+        ({"exclude": ["LayerNorm2d"]}, "norm.exclude: 'LayerNorm2d' matches no site"),
+        ({"exclude": ["*"]}, "norm.include and norm.exclude leave none of the 5 sites"),
+        ({"exclude": ["final"], "rules": {"final": 1.0}}, "norm.rules: 'final' matches no site"),
+        ({"types": ["rmsnorm"]}, r"no RMSNorm to convert \(it has 5 LayerNorm\)"),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_refused(how, said):
+    model, _ = build_arm(tiny(), 10)
+    with pytest.raises(UserError, match=said):
+        convert_norms(model, Conversion(**how))
+    assert norms_left(model) == {"LayerNorm": 5}
+
+
+# model, arguments: roles of its sites in the order of its modules (a attention, f feed-forward, q qk, o other, F final)
+ROLES = {
+    ("vit_tiny_patch16_224", "depth=2"): "afafF",
+    ("convnext_atto", "depths=(1,1,1,1)"): "ofofofofF",
+    ("swinv2_tiny_window8_256", "depths=(1,1,1,1)"): "oafoafoafoafF",
+    ("eva02_tiny_patch14_224", "depth=2"): "afafF",
+    ("xcit_nano_12_p16_224", "depth=1"): "affafafF",
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), ROLES)
+def test_roles(name, arguments):
+    key, _, value = arguments.partition("=")
+    model = timm.create_model(name, num_classes=2, **{key: eval(value)})
+    letter = {"attention": "a", "feed_forward": "f", "qk": "q", "other": "o", "final": "F"}
+    assert "".join(letter[site.role] for site in norm_sites(model)) == ROLES[name, arguments]
+
+
+# ------------------------------------------------------------------------------------------ exchange
 
 
 def test_a_state_dict_of_the_reference_loads():

@@ -1,55 +1,130 @@
-"""DyT's formula, its gradients and its dtypes, against float64 and against numbers written out."""
+"""The family of layers: values by hand, gradients in float64, dtypes, layouts, names; and the comparators."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from dytrun.norm import DynamicTanh, dyt
+from dytrun.config import PointWiseConfig
+from dytrun.norm import FUNCTIONS, GroupNorm, PointWise, RmsNorm, dyt, point_wise
+
+# f(z) at z = -3, -0.5, 0, 0.5 and 3, from the definitions with the standard library's math.
+AT = (-3.0, -0.5, 0.0, 0.5, 3.0)
+BY_HAND = {
+    "dyt": math.tanh,
+    "derf": math.erf,
+    "identity": lambda z: z,
+    "hardtanh": lambda z: min(1.0, max(-1.0, z)),
+    "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
+    "satursin": lambda z: math.sin(min(math.pi / 2, max(-math.pi / 2, z))),
+    "arcsinh_clip": lambda z: min(1.0, max(-1.0, math.asinh(z))),
+    "exproot": lambda z: math.copysign(1 - math.exp(-math.sqrt(abs(z))), z),
+    "arctan": lambda z: 2 / math.pi * math.atan(z),
+    "smoothsign": lambda z: z / (1 + abs(z)),
+    "isru": lambda z: z / math.sqrt(1 + z * z),
+    "dyisru": lambda z: z / math.sqrt(1 + z * z),
+    "expsign": lambda z: math.copysign(1 - math.exp(-abs(z)), z),
+    "cubsign": lambda z: z**3 / (1 + abs(z) ** 3),
+}
+
+
+def test_the_family_is_whole_and_every_member_has_a_configuration():
+    assert set(FUNCTIONS) == set(BY_HAND)
+    assert set(PointWiseConfig.model_fields["name"].annotation.__args__) == set(FUNCTIONS)
+    for name, f in FUNCTIONS.items():
+        assert f.__doc__
+        assert name == "dyisru" or f.__name__ == name
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_every_function_by_hand(name):
+    found = FUNCTIONS[name](torch.tensor(AT, dtype=torch.float64))
+    assert found.tolist() == pytest.approx([BY_HAND[name](z) for z in AT], abs=1e-15)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_every_function_has_finite_values_and_gradients_everywhere(name):
+    z = torch.tensor([-1e30, -1e4, -1.0, -1e-30, 0.0, 1e-30, 1.0, 1e4, 1e30], requires_grad=True)
+    y = FUNCTIONS[name](z)
+    y.sum().backward()
+    assert bool(y.isfinite().all())
+    assert bool(z.grad.isfinite().all())
+    if name not in ("identity", "sigmoid"):
+        assert bool((y.abs() <= 1).all()), "bounded"
+        assert torch.equal(y, -FUNCTIONS[name](-z)), "centred at zero"
+    assert bool((y.diff() >= 0).all()), "monotone"
 
 
 def test_the_formula_by_hand():
     x = torch.tensor([[0.0, 1.0], [-2.0, 4.0]], dtype=torch.float64)
-    alpha = torch.tensor([0.5], dtype=torch.float64)
+    alpha, shift = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
     weight, bias = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.25, -1.0], dtype=torch.float64)
-    y = dyt(x, alpha, weight, bias)
-    # tanh(0.5) = 0.46211715726, tanh(1) = 0.76159415596, tanh(2) = 0.96402758008
-    expected = [[0.25, 2 * 0.46211715726 - 1], [-0.76159415596 + 0.25, 2 * 0.96402758008 - 1]]
-    torch.testing.assert_close(y, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+    y = point_wise(dyt, x, (alpha, None), (weight, bias))
+    expected = [[0.25, 2 * math.tanh(0.5) - 1], [math.tanh(-1) + 0.25, 2 * math.tanh(2) - 1]]
+    assert torch.allclose(y, torch.tensor(expected, dtype=torch.float64), rtol=1e-15)
+    y = point_wise(torch.erf, x, (alpha, shift), (weight, bias))
+    expected = [[math.erf(0.25) + 0.25, 2 * math.erf(0.75) - 1], [math.erf(-0.75) + 0.25, 2 * math.erf(2.25) - 1]]
+    assert torch.allclose(y, torch.tensor(expected, dtype=torch.float64), rtol=1e-15)
+    channel = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    y = point_wise(dyt, x, (channel, None), (None, None))
+    assert torch.allclose(y, torch.tanh(x * channel), rtol=1e-15)
 
 
-def test_parameters_are_those_of_the_reference():
-    layer = DynamicTanh(6, alpha_init=0.5)
-    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
-        "alpha": (1,), "weight": (6,), "bias": (6,),
-    }  # fmt: skip
-    assert layer.alpha.item() == 0.5
-    assert layer.weight.tolist() == [1.0] * 6
-    assert layer.bias.tolist() == [0.0] * 6
+def test_dyisru_is_the_counterpart_of_rmsnorm():
+    """y = sqrt(C) x / sqrt(beta + x²) with alpha = 1 / sqrt(beta), arXiv 2503.21708: bounded by sqrt(C)."""
+    layer = PointWise(16, "dyisru", alpha_init=0.5)
+    x = torch.tensor([[3.0] * 16])
+    assert layer(x)[0, 0].item() == pytest.approx(4 * 3 / math.sqrt(1 / 0.5**2 + 9), rel=1e-6)
+    assert layer(1e6 * x)[0, 0].item() == pytest.approx(4, rel=1e-6)
+    layer.weight = layer.bias = None
+    assert layer(x)[0, 0].item() == pytest.approx(4 * 3 / math.sqrt(13), rel=1e-6)
+
+
+def test_parameters_are_those_of_the_references():
+    def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+
+    layer = PointWise(6)
+    assert shapes(layer) == {"alpha": (1,), "weight": (6,), "bias": (6,)}
+    assert (layer.alpha.item(), layer.weight.tolist(), layer.bias.tolist()) == (0.5, [1.0] * 6, [0.0] * 6)
+    derf = PointWise(6, "derf", shift_init=0.0)
+    assert shapes(derf) == {"alpha": (1,), "shift": (1,), "weight": (6,), "bias": (6,)}
+    assert derf.shift.item() == 0
+    channels = PointWise(6, "derf", shift_init=0.0, per_channel_alpha=True)
+    assert shapes(channels) == {"alpha": (6,), "shift": (6,), "weight": (6,), "bias": (6,)}
+    assert repr(derf) == "PointWise(6, derf, alpha_init=0.5, channels_last)"
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((3, 5), -1), ((2, 3, 4, 5), -1), ((2, 5, 3, 4), 1)])
-def test_gradients_in_float64(shape, axis):
+@pytest.mark.parametrize("size", [1, 5])
+def test_gradients_in_float64(shape, axis, size):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    alpha, shift = (torch.full((size,), value, dtype=torch.float64, requires_grad=True) for value in (0.7, 0.1))
     weight, bias = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda *args: dyt(*args, axis), (x, alpha, weight, bias))
+    for f in (torch.tanh, FUNCTIONS["isru"]):
+        assert torch.autograd.gradcheck(
+            lambda x, a, s, w, b, f=f: point_wise(f, x, (a, s), (w, b), axis), (x, alpha, shift, weight, bias)
+        )
 
 
-def test_channels_first_is_channels_last_moved():
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_channels_first_is_channels_last_moved(name):
     torch.manual_seed(0)
+    first = PointWise(5, name, 0.7, 0.1, channel_axis=1, per_channel_alpha=True)
+    nn.init.normal_(first.weight)
+    nn.init.normal_(first.bias)
+    last = PointWise(5, name, 0.7, 0.1, per_channel_alpha=True)
+    last.load_state_dict(first.state_dict())
     x = torch.randn(2, 5, 3, 4)
-    alpha, weight, bias = torch.tensor([0.7]), torch.randn(5), torch.randn(5)
-    first = dyt(x, alpha, weight, bias, 1)
-    last = dyt(x.movedim(1, -1), alpha, weight, bias, -1).movedim(-1, 1)
-    assert torch.equal(first, last)
+    assert torch.equal(first(x), last(x.movedim(1, -1)).movedim(-1, 1))
 
 
 def test_a_square_image_with_as_many_channels_uses_the_channel_axis():
     # Where W = C, the wrong axis would broadcast without a word.
     x, weight = torch.ones(1, 3, 3, 3), torch.tensor([1.0, 2.0, 3.0])
-    y = dyt(x, torch.tensor([1.0]), weight, None, 1)
+    y = point_wise(dyt, x, (torch.tensor([1.0]), None), (weight, None), 1)
     for channel in range(3):
         assert y[0, channel].unique().item() == pytest.approx((channel + 1) * math.tanh(1), rel=1e-6)
 
@@ -59,7 +134,7 @@ def test_maths_is_float32_or_better_and_the_dtype_is_that_of_the_input(dtype):
     torch.manual_seed(0)
     x, alpha = torch.randn(64, 8).to(dtype), torch.tensor([0.5])
     weight, bias = torch.randn(8), torch.randn(8)
-    y = dyt(x, alpha, weight, bias)
+    y = point_wise(dyt, x, (alpha, None), (weight, bias))
     exact = weight.double() * torch.tanh(0.5 * x.double()) + bias.double()
     assert y.dtype == dtype
     # One rounding to the output dtype, and one of float32 on the way to it.
@@ -69,16 +144,42 @@ def test_maths_is_float32_or_better_and_the_dtype_is_that_of_the_input(dtype):
 
 def test_missing_affine_parts_stay_missing():
     x, alpha = torch.randn(2, 3), torch.tensor([0.5])
-    assert torch.equal(dyt(x, alpha, None, None), torch.tanh(0.5 * x))
-    assert dyt(torch.empty(0, 3), alpha, None, None).shape == (0, 3)
+    assert torch.equal(point_wise(dyt, x, (alpha, None), (None, None)), torch.tanh(0.5 * x))
+    assert point_wise(dyt, torch.empty(0, 3), (alpha, None), (None, None)).shape == (0, 3)
 
 
 def test_the_gradient_of_alpha_is_a_sum_a_row_first():
     """The expanded alpha is what lets a compiler fold its gradient into the one backward kernel."""
     x, alpha = torch.randn(4, 6), torch.tensor([0.5], requires_grad=True)
-    node = dyt(x, alpha, None, None).grad_fn
+    node = point_wise(dyt, x, (alpha, None), (None, None)).grad_fn
     names = []
     while node is not None and node.next_functions:
         names.append(type(node).__name__)
         node = node.next_functions[0][0]
     assert "ExpandBackward0" in names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_by_hand_in_both_layouts(dtype):
+    torch.manual_seed(0)
+    last, first = RmsNorm(6, -1, 1e-6), RmsNorm(6, 1, 1e-6)
+    nn.init.normal_(last.weight)
+    first.load_state_dict(last.state_dict())
+    x = torch.randn(2, 3, 4, 6).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * last.weight.double()
+    assert last(x).dtype == dtype
+    assert torch.allclose(last(x).double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(first(x.movedim(-1, 1)).movedim(1, -1), last(x))
+
+
+def test_groupnorm_spans_the_tokens_of_an_image():
+    torch.manual_seed(0)
+    layer = GroupNorm(6, 2, -1, 1e-6)
+    x = torch.randn(2, 5, 6)
+    grouped = x.double().view(2, 5, 2, 3)
+    mean, var = grouped.mean((1, 3), keepdim=True), grouped.var((1, 3), keepdim=True, unbiased=False)
+    exact = ((grouped - mean) / (var + 1e-6).sqrt()).view(2, 5, 6)
+    assert torch.allclose(layer(x).double(), exact, atol=1e-5)
+    first = GroupNorm(6, 2, 1, 1e-6)
+    pixels = torch.randn(2, 6, 3, 4)
+    assert torch.equal(first(pixels), nn.functional.group_norm(pixels, 2, first.weight, first.bias, 1e-6))

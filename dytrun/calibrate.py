@@ -1,0 +1,138 @@
+"""A trained LayerNorm model → a point-wise one that starts where it stood.
+
+Each norm is replaced by the point-wise layer that comes nearest to it, by least squares over inputs it has really
+seen: for a given alpha, weight and bias are a straight-line fit a channel; alpha is searched. A point-wise layer cannot
+follow a norm exactly, which scales each token by itself: the error that is left is reported for each site.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dytrun.norm import FUNCTIONS, PointWise, point_wise
+
+# Rows (tokens or pixels) that a fit looks at, drawn evenly from all images.
+_MAX_ROWS = 8192
+# The search for alpha: so many candidates a round, spread evenly on a log scale, each round around the last one's best.
+_CANDIDATES, _ROUNDS = 25, 4
+# Candidates of the first round, times 1 / std of the input.
+_LOWEST, _HIGHEST = 0.02, 20.0
+
+
+class Fit(NamedTuple):
+    """How near a layer comes to the norm that it replaces."""
+
+    alpha: float
+    """Mean over channels, where there is one a channel."""
+    error: float
+    """Root of (squared error / squared deviation of the norm's output from its mean a channel), over the rows seen."""
+    error_before: float
+    """The same with the alpha, weight and bias that the conversion alone gives."""
+
+
+def calibrate(teacher: nn.Module, student: nn.Module, batches: Sequence[Tensor]) -> dict[str, Fit]:
+    """Fit every point-wise layer of `student`, in place, to the norm at its place in `teacher`.
+
+    Both are left in evaluation mode. `batches` are images (B, 3, H, W) on the models' device. Sites are fitted in the
+    order in which they compute: each sees what the layers fitted before it make of the images, and aims at what the
+    trained norm makes of them.
+    """
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, PointWise)}
+    teacher.eval()
+    student.eval()
+    targets = _seen(teacher, {name: layer.channel_axis for name, layer in layers.items()}, batches, of_output=True)
+    fits = {}
+    for name, target in targets.items():
+        inputs = _seen(student, {name: layers[name].channel_axis}, batches, of_output=False)[name]
+        fits[name] = fit(layers[name], inputs, target)
+    return fits
+
+
+@torch.no_grad()
+def fit(layer: PointWise, x: Tensor, y: Tensor) -> Fit:
+    """Choose alpha, weight and bias of `layer`, in place, so that it maps rows `x` to `y` (rows, C) most nearly.
+
+    What the layer does not have, or does not learn, stays as it is; so does its shift.
+    """
+    x, y = x.double(), y.double()
+    before = _error(layer, x, y)
+    if layer.alpha.requires_grad:
+        best = (1 / x.std().clamp_min(1e-12)).expand(layer.alpha.numel())
+        low, high = _LOWEST, _HIGHEST
+        for _ in range(_ROUNDS):
+            factors = torch.logspace(math.log10(low), math.log10(high), _CANDIDATES, dtype=x.dtype, device=x.device)
+            # (candidates, C): what is left of each channel's squared deviation
+            left = torch.stack([_line(layer, x, y, factor * best)[2] for factor in factors])
+            chosen = left.argmin(0) if len(best) > 1 else left.sum(1).argmin(0, keepdim=True)
+            best = best * factors[chosen]
+            ratio = (high / low) ** (1 / (_CANDIDATES - 1))
+            low, high = 1 / ratio, ratio
+        layer.alpha.copy_(best)
+    weight, bias, _ = _line(layer, x, y, layer.alpha.double())
+    if layer.weight is not None:
+        layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    return Fit(layer.alpha.mean().item(), _error(layer, x, y), before)
+
+
+def _line(layer: PointWise, x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for a given alpha, the best weight, bias and the squared error that they leave, each (C,)."""
+    z = alpha * x if layer.shift is None else alpha * x + layer.shift.double()
+    t = layer.gain * FUNCTIONS[layer.function](z)
+    t_mean, y_mean = (t.mean(0), y.mean(0)) if layer.bias is not None else (0.0, 0.0)
+    t_off, y_off = t - t_mean, y - y_mean
+    if layer.weight is None:
+        weight = torch.ones_like(y[0])
+    else:
+        weight = (t_off * y_off).sum(0) / (t_off * t_off).sum(0).clamp_min(1e-30)
+    bias = y_mean - weight * t_mean
+    return weight, bias + torch.zeros_like(weight), (y_off - weight * t_off).square().sum(0)
+
+
+def _error(layer: PointWise, x: Tensor, y: Tensor) -> float:
+    inner = layer.alpha.double(), None if layer.shift is None else layer.shift.double()
+    affine = tuple(None if part is None else part.double() for part in (layer.weight, layer.bias))
+    t = point_wise(FUNCTIONS[layer.function], x, inner, (None, None))
+    weight, bias = affine
+    found = layer.gain * t * (1 if weight is None else weight) + (0 if bias is None else bias)
+    return ((found - y).square().sum() / (y - y.mean(0)).square().sum().clamp_min(1e-30)).sqrt().item()
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, axes: Mapping[str, int], batches: Sequence[Tensor], of_output: bool) -> dict[str, Tensor]:
+    """Return rows (rows, C) of what goes into, or comes out of, some modules, in the order in which they compute.
+
+    Every model that sees the same batches gives the same rows.
+    """
+    rows: dict[str, list[Tensor]] = {}
+
+    def listen(name: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            value = _unfused(module, args[0]) if of_output else args[0]
+            value = value.movedim(axes[name], -1).flatten(0, -2)
+            every = max(1, len(value) * len(batches) // _MAX_ROWS)
+            rows.setdefault(name, []).append(value[::every].float())
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    handles = [listen(name) for name in axes]
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _unfused(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm makes of `x` before the drop-out and activation that may be fused into it."""
+    bare = copy.copy(norm)
+    bare._modules = {name: nn.Identity() for name in norm._modules}
+    return bare.forward(x)

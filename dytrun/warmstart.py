@@ -1,0 +1,102 @@
+"""What a run starts from that does not draw its weights: a file, and point-wise layers fitted to its trained norms."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dytrun.arm import build_plain
+from dytrun.calibrate import calibrate
+from dytrun.config import PointWiseConfig, RunConfig
+from dytrun.data import ValBatches, epoch_order
+from dytrun.digest import file_digest
+from dytrun.distributed import Place, broadcast_weights
+from dytrun.errors import UserError
+from dytrun.records import Accuracy
+from dytrun.sites import norm_sites
+from dytrun.sources import Data, Split
+from dytrun.weights import Loaded, has_alphas, load_weights, read_weights
+
+# A model → its accuracy over the validation images; collective.
+Evaluate = Callable[[nn.Module], Accuracy]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A file and the model that it goes into, found to fit."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    loaded: Loaded
+
+    def facts(self) -> dict[str, Any]:
+        """Return what init.json holds."""
+        return {"file": str(self.path), "sha256": file_digest(str(self.path)), **asdict(self.loaded)}
+
+
+def load_start(config: RunConfig, model: nn.Module) -> Start | None:
+    """Copy the weights of `init_from` into the model of a run; None where weights are drawn.
+
+    On the meta device it is a check without a copy.
+
+    Raises:
+        UserError: the file cannot be read, is of another model, or is not what calibration needs.
+    """
+    if config.init_from is None:
+        return None
+    path = Path(config.init_from)
+    weights = read_weights(path)
+    if wants_calibration(config):
+        _check_trained(config, weights, path)
+    return Start(path, weights, load_weights(model, weights, path))
+
+
+def calibrate_start(
+    config: RunConfig, start: Start, model: nn.Module, data: Data, place: Place, evaluate: Evaluate
+) -> dict[str, Any]:
+    """Fit the point-wise layers of `model`, on its device, to the norms of the file that it was started from.
+
+    Returns the accuracy of the file's own model, of the converted one before and after, and the fit of each site. Every
+    rank fits alike, and then takes the first one's result.
+    """
+    assert isinstance(config.norm, PointWiseConfig)
+    teacher = build_plain(config, data.num_classes)
+    load_weights(teacher, start.weights, start.path)
+    teacher = teacher.to(place.device)
+    trained, converted = evaluate(teacher), evaluate(model)
+    num = min(config.norm.calibrate_images, len(data.train.labels))
+    chosen = epoch_order(len(data.train.labels), config.seed, 0)[:num]
+    images = Split(data.train.labels[chosen], lambda index: data.train.image(int(chosen[index])))
+    seen = ValBatches(config.data, images, config.machine.eval_batch_per_rank, 0, (0, 1, place.device))
+    was_training = model.training
+    fits = calibrate(teacher, model, [batch.images for batch in seen()])
+    model.train(was_training)
+    broadcast_weights(model)
+    calibrated = evaluate(model)
+    return {
+        "top1_trained": trained.top1,
+        "top1_converted": converted.top1,
+        "top1_calibrated": calibrated.top1,
+        "images": num,
+        "sites": {name: found._asdict() for name, found in fits.items()},
+    }
+
+
+def wants_calibration(config: RunConfig) -> bool:
+    """Say whether a run's point-wise layers are fitted to trained norms."""
+    return isinstance(config.norm, PointWiseConfig) and config.norm.calibrate
+
+
+def _check_trained(config: RunConfig, weights: dict[str, Tensor], path: Path) -> None:
+    if has_alphas(weights):
+        raise UserError(f"norm.calibrate: {path} is of a converted model; give one that was trained with its own norms")
+    plain = build_plain(config, config.data.num_classes or 2, device="meta")
+    own = [(weights.get(f"{site.name}.weight"), weights.get(f"{site.name}.bias")) for site in norm_sites(plain)]
+    known = [(weight, bias) for weight, bias in own if weight is not None]
+    if known and all(bool((weight == 1).all()) and (bias is None or not bias.any()) for weight, bias in known):
+        raise UserError(
+            f"norm.calibrate: the norms of {path} are as they were drawn (every weight 1, every bias 0), so its model "
+            "is not trained; train it first"
+        )
