@@ -275,8 +275,8 @@ def _validated(verb: str, cfg: Any) -> Any:
 
 
 def _addable(arg: str) -> str:
-    """The model's own arguments are free, so a new one needs no `+`."""
-    return f"++{arg}" if re.match(r"model\.kwargs[.=]", arg) else arg
+    """The model's own arguments and the patterns of rules are free, so a new one needs no `+`."""
+    return f"++{arg}" if re.match(r"(model\.kwargs|norm\.rules)[.=]", arg) else arg
 
 
 def _raise_composition(error: Exception) -> None:

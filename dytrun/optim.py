@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.models import group_parameters
+from timm.optim._param_groups import auto_group_layers
 from torch import nn
 
 from dytrun.config import OptimConfig, RunConfig
 from dytrun.errors import UserError
+from dytrun.norm import PointWise
 
 # The learning rate of the paper's ImageNet runs and the global batch that it belongs to (README of jiachenzhu/DyT).
 PAPER_LR, PAPER_BATCH = 4e-3, 4096
@@ -82,20 +85,39 @@ def param_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
     """Split the parameters: no decay for those with one dimension, for biases, and for what the model names.
 
     So alpha, weight and bias of every norm are never decayed. With layer_decay below 1 each group carries the
-    `lr_scale` of its layer, by timm's grouping, in which an alpha belongs to the layer of its site.
+    `lr_scale` of its layer, by timm's numbering of layers; an alpha belongs to the layer of its site.
     """
     no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # pyright: ignore[reportCallIssue]
-    if optim.layer_decay < 1:
-        return param_groups_layer_decay(model, optim.weight_decay, tuple(no_decay), layer_decay=optim.layer_decay)
-    decayed, plain = [], []
+    layers = _layers(model) if optim.layer_decay < 1 else {}
+    last = max(layers.values(), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay
-            (plain if is_plain else decayed).append(parameter)
+            groups.setdefault((layers.get(name, last), is_plain), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_plain else optim.weight_decay,
+            "lr_scale": optim.layer_decay ** (last - layer),
+        }
+        for (layer, is_plain), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """Number the layers that parameters belong to, as timm does, from the image up."""
+    if hasattr(model, "group_matcher"):
+        return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore[reportCallIssue]
+    # timm then counts parameters, which alphas and shifts must not shift: they are put where their site is.
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PointWise)}
+    added = {f"{name}.{part}": name for name in layers for part in ("alpha", "shift")}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if name not in added]
+    found = auto_group_layers(SimpleNamespace(named_parameters=lambda: named, pretrained_cfg=model.pretrained_cfg))
+    for name, site in added.items():
+        own = [found[f"{site}.{part}"] for part in ("weight", "bias") if f"{site}.{part}" in found]
+        found[name] = own[0] if own else 0
+    return found
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -156,7 +156,10 @@ def _figure(curves: list[Curve], title: str) -> go.Figure:
             mode="lines",
             name=f"{curve.arm}, seed {curve.seed}",
             legendgroup=curve.arm,
-            line={"color": _COLOURS[number % len(_COLOURS)], "dash": _DASHES[seeds.index(curve.seed) % len(_DASHES)]},
+            line={
+                "color": _COLOURS[number % len(_COLOURS)],
+                "dash": _DASHES[(seeds.index(curve.seed) + number // len(_COLOURS)) % len(_DASHES)],
+            },
         )
     _lay_out(figure, title, "epoch")
     return figure

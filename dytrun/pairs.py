@@ -120,9 +120,9 @@ def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) ->
     candidates = [label for label, runs in by_arm.items() if runs[0].result.norm == baseline]
     chosen = candidates[0] if len(candidates) == 1 else None
     base = by_arm[chosen] if chosen else []
-    ordered = sorted(by_arm.items(), key=lambda item: (item[0] != chosen, item[0]))
+    ordered = sorted(by_arm.items(), key=lambda item: (item[0] != chosen, *_place(item[0], item[1][0].result)))
     arms = [_arm(label, runs, [] if label == chosen else base, confidence) for label, runs in ordered]
-    verdicts = [_verdict(arm, str(chosen)) for arm in arms if arm.label != chosen and base]
+    verdicts = _verdicts([arm for arm in arms if arm.label != chosen], str(chosen)) if base else []
     splits = {(run.result.ranks, run.result.machine.get("batch_per_rank")) for run in members if run.result.machine}
     if verdicts and len(splits) > 1 and (first.science["augment"]["mixup"] or first.science["augment"]["cutmix"]):
         verdicts.append("Its runs split the batch differently over ranks or micro-batches, so images were mixed with "
@@ -156,6 +156,18 @@ def _arm(label: str, runs: list[Run], base: list[Run], confidence: float) -> Arm
         device=sorted({f"{result.device} × {result.ranks}" for result in results if result.device}),
         published=_published(results),
     )
+
+
+def _verdicts(arms: Sequence[Arm], baseline: str) -> list[str]:
+    """Return a sentence an arm; those with one seed share one, because they all say the same: nothing."""
+    single = [arm for arm in arms if arm.top1_difference is not None and arm.top1_difference.n == 1]
+    if len(single) < 2:
+        return [_verdict(arm, baseline) for arm in arms]
+    shared = (
+        f"{len(single)} arms have one seed each (n = 1), so their differences from {baseline}, in the table, say "
+        "nothing about chance. Train more seeds."
+    )
+    return [*(_verdict(arm, baseline) for arm in arms if arm not in single), shared]
 
 
 def _verdict(arm: Arm, baseline: str) -> str:
@@ -207,6 +219,11 @@ def _label(norm: Mapping[str, Any]) -> str:
     settings = {key: value for key, value in norm.items() if key != "name" and _USUAL.get(key, ...) != value}
     return " ".join([norm["name"], *(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
                                      for key, value in settings.items())])  # fmt: skip
+
+
+def _place(label: str, result: RunResult) -> tuple[str, float, str]:
+    """Return where an arm stands in the table: by norm, then by alpha_init."""
+    return result.norm, result.alpha_init or 0.0, label
 
 
 def _setting(result: RunResult) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import machine, norm, optim
+from dytrun import machine, norm, optim, terminal
 from dytrun.arm import build_arm
 from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import EvalConfig, RunConfig
@@ -40,7 +40,6 @@ from dytrun.evaluate import evaluate
 from dytrun.model import compile_model, trainable
 from dytrun.records import Accuracy, EvalRecord, Record, RunResult, write_json
 from dytrun.sources import Data, load_data
-from dytrun.terminal import Display
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
 from dytrun.validation import validate
@@ -98,7 +97,7 @@ def train_here(config: RunConfig, directory: Path) -> None:
             _follow(fit(config, state, around), config, state, around, None)
             barrier()
             return
-        display = Display(config.run_name, plan.total_steps, state.step)
+        display = terminal.Display(config.run_name, plan.total_steps, state.step)
         tracker, ended = Tracker(config, directory, state.step, display.note), None
         try:
             last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
@@ -205,7 +204,7 @@ def _follow(
     config: RunConfig,
     state: State,
     around: Surroundings,
-    sinks: tuple[Tracker, Display] | None,
+    sinks: tuple[Tracker, terminal.Display] | None,
 ) -> tuple[EvalRecord | None, str | None]:
     """Hand every record to the sinks; return the last evaluation and, if training diverged, why."""
     last = None
@@ -241,6 +240,8 @@ def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroun
             return evaluate(module, around.val(), around.num_val, autocast(config, around.place.device))
 
         found["calibration"] = calibrate_start(config, start, model, data, around.place, accuracy)
+        if around.place.is_first:
+            terminal.calibration(found["calibration"])
     if around.place.is_first:
         write_json(directory / "init.json", found)
 

@@ -119,6 +119,16 @@ def result(run: RunResult) -> None:
     pairs(f"{run.model} {run.norm} seed {run.seed}", rows)
 
 
+def calibration(found: Mapping[str, Any]) -> None:
+    """Print how near each point-wise layer comes to the norm that it replaces, and what that does to the accuracy."""
+    sites = found["sites"].items()
+    rows = [(name, *(f"{site[key]:.3f}" for key in ("alpha", "error_before", "error"))) for name, site in sites]
+    top1 = ", ".join(f"{found[f'top1_{state}']:.2f} % {state}" for state in ("trained", "converted", "calibrated"))
+    columns = ("site", "alpha", "converted", "calibrated")
+    title = "calibration: share of each norm's output that is missed"
+    table(title, columns, rows, [f"top-1 before training: {top1}"])
+
+
 def accuracies(title: str, rows: Mapping[str, Accuracy]) -> None:
     """Print exact accuracies, a row for each set of weights."""
     table = Table("weights", "top-1 %", "top-5 %", "loss", "correct / images", title=title, title_justify="left")

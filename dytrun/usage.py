@@ -15,10 +15,8 @@ EXAMPLES = {
     "train": (
         "dytrun train experiment=quickstart",
         "dytrun train model=vit_b norm=dyt data.root=/data/imagenet",
-        "dytrun train model=vit_b norm=dyt dry_run=true",
         "dytrun train -m model=vit_b norm=ln,dyt seed=0,1,2 precision=bf16",
         "dytrun train -m model=vit_b norm=dyt norm.alpha_init=0.1,0.3,0.5,0.8,1.2",
-        "dytrun train experiment=vit_b_derf data.root=/data/imagenet dry_run=true",
         "dytrun train model=vit_b norm=dyt init_from=ln.safetensors norm.calibrate=true epochs=30",
     ),
     "eval": (

@@ -53,6 +53,21 @@ def test_help_lists_every_group_and_key(monkeypatch, capsys):
         (["train", *TINY, "model.kwargs.in_chans=1"], "cannot take RGB images"),
         (["train", *TINY, "model.drop_path=0.1", "model.kwargs.drop_path_rate=0.5"], "say model.drop_path instead"),
         (["train", "=3"], "=3: no key"),
+        (["train", *TINY, "norm=dyt", "norm.rules={blocks.9.*: 0.8}"], "norm.rules: 'blocks.9.*' matches no site"),
+        (["train", *TINY, "norm=dyt", "norm.rules={final: -1}"], "norm.rules.final: -1"),
+        (["train", *TINY, "norm=dyt", "norm.include=[attn]"], "norm.include: 'attn' matches no site"),
+        (["train", *TINY, "norm=dyt", "norm.exclude=['*']"], "leave none of the 5 sites"),
+        (["train", *TINY, "norm=dyt", "norm.types=[rmsnorm]"], "no RMSNorm to convert (it has 5 LayerNorm)"),
+        (["train", *TINY, "norm=dyt", "norm.types=[batchnorm]"], "norm.types: 'batchnorm'"),
+        (["train", *TINY, "norm=dyt", "norm.num_groups=2"], "norm.num_groups: another option of this group"),
+        (["train", *TINY, "norm=group", "norm.num_groups=5"], "5 groups cannot share the 16 channels"),
+        (["train", *TINY, "norm=ln", "norm.alpha_init=1"], "norm.alpha_init: another option of this group"),
+        (["train", *TINY, "norm=dty"], "norm=dty: no such option; did you mean 'dyt'?"),
+        (["train", *TINY, "norm=_point_wise"], "norm.name: a value is needed"),
+        (["train", *TINY, "experiment=vit_b_dyt_"], "did you mean 'vit_b_dyt'?"),
+        (["train", *TINY, "norm=dyt", "norm.calibrate=true"], "there is no trained norm to fit"),
+        (["train", *TINY, "init_from=/nowhere.pth"], "init_from: /nowhere.pth cannot be read"),
+        (["train", *TINY, "init_from=/"], "init_from: / cannot be read"),
         (["eval", "runs", "more"], "takes one directory"),
         (["eval", "-m", "runs"], "takes one directory"),
         (["report", "it's"], "it's: no directory"),
@@ -160,3 +175,43 @@ def test_shells_can_complete(monkeypatch, capsys, line, offered):
     monkeypatch.setenv("COMP_POINT", str(len(line)))
     _, out, _ = run(monkeypatch, capsys, "-sc", "query=bash")
     assert offered in out
+
+
+def test_an_experiment_prints_its_figure_its_whole_recipe_and_its_sites(monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "train", "experiment=vit_b_dyt", "dry_run=true")
+    assert (code, err) == (0, [])
+    for text in (
+        "vit_b_dyt: top-1 82.5 % (arXiv 2503.10622 v2, Table 1)", "drop-path 0.1", "global_pool=avg",
+        "alpha starts at 0.5",
+        "crop of 0.08 to 1 of the area, ratio 0.75 to 1.333, bicubic", "flip 0.5", "rand-m9-mstd0.5-inc1",
+        "pixel erasing 0.25", "mixup 0.8, cutmix 1, probability 1, switch 0.5; label smoothing 0.1",
+        "resize 256, centre crop 224, bicubic", "mean 0.485/0.456/0.406, std 0.229/0.224/0.225",
+        "AdamW, betas 0.9 0.999",
+        "eps 1e-08", "weight decay 0.05", "no clipping", "decay 0.9999", "lr 0 → 0.004 in 6,240 steps, cosine → 1e-06",
+        "4096 =", "fp32 with TF32",
+    ):  # fmt: skip
+        assert text in out, text
+    table = [line[1:-1].split("│") for line in out.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in row] for row in table]
+    assert len(rows) == 25
+    assert rows[3] == ["blocks.1.norm2", "LayerNorm", "768", "channels last", "feed_forward", "1", "dyt", "0.5"]
+    assert rows[-1] == ["fc_norm", "LayerNorm", "768", "channels last", "final", "", "dyt", "0.5"]
+
+
+def test_what_a_run_changes_of_its_page_is_said(monkeypatch, capsys):
+    args = ["train", "experiment=vit_b_dyt", "dry_run=true"]
+    _, out, _ = run(monkeypatch, capsys, *args, "seed=3", "data.root=null", "machine.compile=blocks")
+    assert "is not that recipe" not in out
+    _, out, _ = run(monkeypatch, capsys, *args, "optim.lr=1e-3", "norm=ln")
+    assert "This run is not that recipe: norm.name ln, there dyt; optim.lr 0.001, there 0.004" in out
+
+
+def test_the_site_table_says_what_stays_and_where_alpha_starts(monkeypatch, capsys):
+    rules = ["norm=dyt", "norm.rules={attention: 0.8, feed_forward@0: 0.2}", "norm.exclude=[final]", "dry_run=true"]
+    _, out, _ = run(monkeypatch, capsys, "train", *TINY, *rules)
+    rows = [[cell.strip() for cell in line[1:-1].split("│")] for line in out.splitlines() if line.startswith("│")]
+    assert [(row[0], row[6], row[7]) for row in rows] == [
+        ("blocks.0.norm1", "dyt", "0.8"), ("blocks.0.norm2", "dyt", "0.2"), ("blocks.1.norm1", "dyt", "0.8"),
+        ("blocks.1.norm2", "dyt", "0.5"), ("fc_norm", "itself", ""),
+    ]  # fmt: skip
+    assert "4 sites converted to DyT (LayerNorm), alpha starts at 0.2, 0.5, 0.8; left alone: 1 LayerNorm" in out

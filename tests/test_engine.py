@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from conftest import tiny
 
 from dytrun import engine, optim
+from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.distributed import Place
 from dytrun.engine import Diverged, Surroundings, build_state, fit, restore
 from dytrun.records import EvalRecord, TrainRecord
-from dytrun.run import build_arm
 from dytrun.sources import load_data
 from dytrun.throughput import Clock
 

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "norm": set(),
     "convert": {"norm", "sites", "errors"},
     "sites": {"errors"},
-    "optim": {"config", "errors"},
+    "optim": {"config", "errors", "norm"},
     "throughput": set(),
     "checkpoint": {"errors"},
     "distributed": set(),

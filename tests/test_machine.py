@@ -5,9 +5,9 @@ import torch
 from conftest import TINY, config_of, tiny
 
 from dytrun import machine
+from dytrun.arm import build_arm
 from dytrun.errors import UserError
 from dytrun.model import compile_model
-from dytrun.run import build_arm
 
 
 def test_float32_products_are_tf32_as_in_the_paper():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import config_of, tiny
 
+from dytrun.arm import build_arm
 from dytrun.errors import UserError
 from dytrun.optim import build_optimizer, lr_at, param_groups, plan_steps, set_lr
-from dytrun.run import build_arm
 
 IMAGENET = 1_281_167
 # jiachenzhu/DyT aab5dde, utils.cosine_scheduler: lr 4e-3, 300 epochs of 312 steps, 20 epochs of warm-up.

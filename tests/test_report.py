@@ -193,3 +193,43 @@ def test_the_page_draws_its_charts_in_a_real_browser(tmp_path):
     assert done.stdout.count('class="main-svg"') >= 4
     assert done.stdout.count('class="js-line"') >= 4
     assert "CONSOLE" not in done.stderr
+
+
+def test_what_is_published_stands_beside_what_was_measured(tmp_path):
+    page = {"page": "vit_b_dyt", "source": "arXiv 1, Table 1", "top1": 82.5, "note": None, "differs": []}
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", published=page)
+    found = report.build(tmp_path, "ln", 0.95)
+    columns, rows = found.table()
+    place = columns.index("published %")
+    assert [row[place] for row in rows] == ["", "82.5"]
+    assert "Published: vit_b_dyt (arXiv 1, Table 1)" in found.remarks()
+    put(tmp_path, "norm=dyt", "seed=1", published=page | {"differs": ["optim.lr 0.001, there 0.004"]})
+    found = report.build(tmp_path, "ln", 0.95)
+    assert found.table()[1][1][place] == "82.5, 82.5*"
+    assert any("another recipe: optim.lr 0.001, there 0.004" in remark for remark in found.remarks())
+
+
+def test_a_sweep_over_alpha_is_drawn_with_its_diverged_arms(tmp_path):
+    put(tmp_path, top1=91.0)
+    for alpha, top1 in ((0.1, 80.0), (0.5, 90.0), (2.0, None)):
+        put(tmp_path, "norm=dyt", f"norm.alpha_init={alpha}", top1=top1, status="finished" if top1 else "diverged")
+    put(tmp_path, "norm=derf")
+    found = report.build(tmp_path, "ln", 0.95)
+    (sweep,) = report._alpha_sweeps(found.pairs)
+    assert [tuple(point) for point in sweep.points] == [(0.1, 80.0, None), (0.5, 90.0, None), (2.0, None, None)]
+    assert sweep.others == [("ln", 91.0)]
+    page = (tmp_path / "report.html").read_text()
+    assert "Top-1 in percent against alpha_init: 0.1: 80.00; 0.5: 90.00; 2: diverged" in page
+    assert [arm.label for arm in found.pairs[0].arms] == [
+        "ln", "derf alpha_init=0.5 shift_init=0", "dyt alpha_init=0.1", "dyt alpha_init=0.5", "dyt alpha_init=2",
+    ]  # fmt: skip
+    assert "2 arms have one seed each" in found.pairs[0].verdicts[-1] or "3 arms" in found.pairs[0].verdicts[-1]
+
+
+def test_arms_are_named_by_the_settings_that_are_not_the_usual_ones(tmp_path):
+    put(tmp_path, "norm=dyt", "norm.affine=false", "norm.rules={final: 0.3}")
+    put(tmp_path, "norm=group", "norm.num_groups=4")
+    put(tmp_path, "norm=rms")
+    labels = [arm.label for arm in report.build(tmp_path, "ln", 0.95).pairs[0].arms]
+    assert labels == ["dyt alpha_init=0.5 rules=[['final', 0.3]] affine=False", "group num_groups=4", "rms"]
