@@ -183,7 +183,7 @@ def test_the_content_of_the_file_is_science_and_its_name_is_not(tmp_path):
 def test_the_plan_tries_the_file_and_says_what_comes_of_it(tmp_path):
     path, _ = saved(tmp_path)
     rows = dict(outline(tiny(f"init_from={path}", "norm=dyt", "dry_run=true")).rows)
-    assert rows["start"] == (f"{path}: 32 tensors copied; 5 new, as drawn: blocks.0.norm1.alpha, blocks.0.norm2.alpha, "
+    assert rows["start"] == (f"{path}: 32 tensors copied; 5 new: blocks.0.norm1.alpha, blocks.0.norm2.alpha, "
                              "blocks.1.norm1.alpha, …")  # fmt: skip
 
 
