@@ -76,6 +76,7 @@ def _train(args: list[str]) -> int:
     if any(_flag(arg) in _SHOW for arg in args):
         return _hydra("train", [arg for arg in args if arg not in _MULTIRUN], _no_task)
     configs = list(_expand(args))
+    names = {config.run_name for config in configs}  # of every job, so that a missing init_from stops all of them
     if len(configs) > 1 and "RANK" in os.environ:
         raise UserError("-m: several runs under one torchrun cannot be told apart; leave torchrun out, dytrun starts "
                         "its own ranks, or start one torchrun a run")  # fmt: skip
@@ -86,7 +87,7 @@ def _train(args: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         code = _hydra("train", [f"hydra.sweep.dir={scratch}", *args], train_task, is_sweep=len(configs) > 1)
     if len(configs) > 1 and code != STOPPED and not configs[0].dry_run:
-        commands.close_sweep(Path(configs[0].runs_dir), len(configs))
+        commands.close_sweep(Path(configs[0].runs_dir), len(names))
     return code
 
 

@@ -13,14 +13,15 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 # The engine's tests on the device: accumulation, precision, clipping, divergence without a stop, EMA, resuming.
 # addopts without the shape checks, whose packages may be missing there.
-DYTRUN_TEST_DEVICE=cuda python3 -m pytest -q -p no:cacheprovider -o addopts= -o timeout=0 -W ignore tests/test_engine.py 2>&1 |
+DYTRUN_TEST_DEVICE=cuda python3 -m pytest -q -p no:cacheprovider -o addopts= -o timeout=0 -W ignore \
+  tests/test_engine.py tests/test_parity.py 2>&1 |
   tee "$out/engine.log" || echo "engine tests failed on the device" | tee -a "$out/engine.log"
 
 # LN against DyT on real images, bf16, compiled; a ViT-S of 64 tokens.
 runs=$(mktemp -d)
 python3 -m dytrun train -m model=vit_s model.kwargs.patch_size=4 data=fashion_mnist "data.root=$data" augment=light \
   epochs=15 global_batch=512 machine.max_batch_per_rank=512 optim.lr=1e-3 optim.warmup_epochs=2 ema=off \
-  precision=bf16 machine.compile=blocks norm=ln,dyt seed=0,1 tracking.mode=off "runs_dir=$runs" 2>&1 |
+  precision=bf16 machine.compile=blocks norm=ln,dyt,derf seed=0,1 tracking.mode=off "runs_dir=$runs" 2>&1 |
   tee "$out/train.log"
 cp "$runs/report.json" "$runs/report.html" "$out"
 for result in "$runs"/*/result.json; do

@@ -1,6 +1,10 @@
 """The family of layers: values by hand, gradients in float64, dtypes, layouts, names; and the comparators."""
 
+import copy
 import math
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +73,42 @@ def test_the_formula_by_hand():
     channel = torch.tensor([0.5, 2.0], dtype=torch.float64)
     y = point_wise(dyt, x, (channel, None), (None, None))
     assert torch.allclose(y, torch.tanh(x * channel), rtol=1e-15)
+
+
+# In a process of its own: the shape checks that the tests put around every function would be traced too.
+_COMPILED = """
+import torch
+from dytrun.norm import FUNCTIONS, PointWise
+for name in FUNCTIONS:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = PointWise(8, name, 0.7, shift_init=0.1)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    outputs = []
+    for module in (layer, compiled):
+        layer.zero_grad()
+        x = torch.linspace(-3, 3, 32).view(4, 8).requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        outputs.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text: f"{name}: {text}")
+print(len(FUNCTIONS))
+"""
+
+
+@pytest.mark.slow
+def test_every_member_compiles_in_one_piece_to_the_same_values():
+    done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.split() == [str(len(FUNCTIONS))], done.stderr
+
+
+def test_a_layer_survives_copying_and_pickling():
+    layer = PointWise(4, "derf", 0.3, shift_init=0.1, channel_axis=1)
+    x = torch.randn(2, 4, 3, 3)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x))
+        assert repr(other) == repr(layer)
 
 
 def test_dyisru_is_the_counterpart_of_rmsnorm():
