@@ -69,9 +69,6 @@ def _main(args: list[str]) -> int:
     return {"train": _train, "eval": _eval, "report": _report}[verb](rest)
 
 
-# ------------------------------------------------------------------------------------------ commands
-
-
 def _train(args: list[str]) -> int:
     if any(_flag(arg) in _SHOW for arg in args):
         return _hydra("train", [arg for arg in args if arg not in _MULTIRUN], _no_task)
@@ -93,13 +90,21 @@ def _train(args: list[str]) -> int:
 
 def train_task(cfg: Any) -> str:
     """Train one composed configuration and return its status; what Hydra's launchers call."""
-    from hydra import compose
-
     from dytrun import commands
 
     config = _validated("train", cfg)
-    page = config.published and _validated("train", compose("train", [f"experiment={config.published.page}"]))
-    return commands.train(config, page)
+    return commands.train(config, config.published and _page(cfg, config.published.page))
+
+
+def _page(cfg: Any, name: str) -> Any:
+    """Return what an experiment's page says by itself, at the place in its own sweep where this job stands."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    page = compose("train", [f"experiment={name}"], return_hydra_config=True)
+    for key in page.hydra.sweeper.params or {}:
+        OmegaConf.update(page, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return _validated("train", page)
 
 
 def _eval(args: list[str]) -> int:
@@ -124,9 +129,6 @@ def _report(args: list[str]) -> int:
 
 def _no_task(cfg: Any) -> None:
     """Stand in for a command while Hydra only shows something."""
-
-
-# ------------------------------------------------------------------------------------------ Hydra
 
 
 def _hydra(verb: str, args: list[str], task: Callable[[Any], Any], is_sweep: bool = False) -> int:

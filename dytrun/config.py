@@ -229,6 +229,8 @@ class RunConfig(BaseModel):
     checkpoint: CheckpointConfig
     init_from: Annotated[str, Field(min_length=1)] | None
     """A file of weights to start from; null draws them."""
+    init_part: str | None
+    """Name of the state dict within the file, where it holds several."""
     published: Published | None
     runs_dir: Annotated[str, Field(min_length=1)]
     dry_run: bool
@@ -253,6 +255,8 @@ class RunConfig(BaseModel):
                 "norm.calibrate: there is no trained norm to fit, because the weights are drawn anew; give a trained "
                 "LayerNorm model with init_from=FILE"
             )
+        if self.init_part is not None and self.init_from is None:
+            problems.append("init_part: a part of which file? say init_from=FILE")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -282,6 +286,8 @@ class RunConfig(BaseModel):
                 del science["norm"]["calibrate"], science["norm"]["calibrate_images"]
         if self.init_from is not None:
             science["init_from"] = file_digest(self.init_from)
+            if self.init_part is not None:
+                science["init_part"] = self.init_part
         return science
 
     @property

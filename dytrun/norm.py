@@ -23,7 +23,7 @@ FORMULA = "row-expanded formula"
 
 
 def dyt(z: Tensor) -> Tensor:
-    """DyT, equation 1 of its paper: ViT-B 82.5, ViT-S 80.3; with a shift 82.6 (Derf's paper)."""
+    """DyT: ViT-B 82.5, ViT-S 80.3; with a shift 82.6 (Derf's paper)."""
     return torch.tanh(z)
 
 
@@ -53,7 +53,7 @@ def satursin(z: Tensor) -> Tensor:
 
 
 def arcsinh_clip(z: Tensor) -> Tensor:
-    """Inverse hyperbolic sine, clipped to [-1, 1]: ViT-B 82.5 (Derf's paper)."""
+    """Inverse hyperbolic sine, clipped to [-1, 1], as its name has it: ViT-B 82.5 (Derf's paper; not in its code)."""
     return torch.asinh(z).clamp(-1, 1)
 
 

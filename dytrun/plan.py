@@ -152,7 +152,7 @@ def _start(config: RunConfig, model: nn.Module) -> list[tuple[str, str]]:
     start = load_start(config, model)
     if start is None:
         return []
-    text = f"{start.path}: {start.loaded.copied} tensors copied"
+    text = f"{start.path}{f' ({start.part})' if start.part else ''}: {start.loaded.copied} tensors copied"
     for what, names in (("new", start.loaded.new), ("in the file and not used", start.loaded.unused)):
         if names:
             text += f"; {len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"

@@ -28,12 +28,13 @@ class Start:
     """A file and the model that it goes into, found to fit."""
 
     path: Path
+    part: str | None
     weights: dict[str, Tensor]
     loaded: Loaded
 
     def facts(self) -> dict[str, Any]:
         """Return what init.json holds."""
-        return {"file": str(self.path), "sha256": file_digest(str(self.path)), **asdict(self.loaded)}
+        return {"file": str(self.path), "part": self.part, "sha256": file_digest(str(self.path)), **asdict(self.loaded)}
 
 
 def load_start(config: RunConfig, model: nn.Module) -> Start | None:
@@ -47,10 +48,10 @@ def load_start(config: RunConfig, model: nn.Module) -> Start | None:
     if config.init_from is None:
         return None
     path = Path(config.init_from)
-    weights = read_weights(path)
+    weights = read_weights(path, config.init_part)
     if wants_calibration(config):
         _check_trained(config, weights, path)
-    return Start(path, weights, load_weights(model, weights, path))
+    return Start(path, config.init_part, weights, load_weights(model, weights, path))
 
 
 def calibrate_start(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar as _numpy_scalar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +20,17 @@ from dytrun.norm import GroupNorm, PointWise, RmsNorm
 
 # Where training scripts put the model among other things: the reference's and timm's, in this order.
 _PARTS = ("model", "state_dict", "module")
+# Plain records and numbers, nothing that runs: the reference's checkpoints hold their command line, and its optimizer's
+# rates are numbers of NumPy's (under the name that NumPy 1 gave them, too).
+_RECORDS = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    _numpy_scalar,
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+]
 # What wrappers put before every name: DDP, torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -33,11 +46,13 @@ class Loaded:
     """Of the file, not of the model: the weight or bias of a norm whose replacement has none."""
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, part: str | None = None) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file, or from a pickle (.pth, .pt, .bin) with weights alone.
 
+    `part` names the state dict within a pickle, such as `model_ema`; without it the raw weights are looked for.
+
     Raises:
-        UserError: the file is damaged, holds code, or holds no weights.
+        UserError: the file is damaged, holds code, or holds no weights, or no such part.
     """
     if path.is_dir():
         found = sorted(path.glob("checkpoints/step-*/model.safetensors"))
@@ -49,8 +64,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             values: Any = load_file(path)
         else:
-            # The reference's checkpoints hold their command line: a plain record, nothing that runs.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(_RECORDS):
                 values = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
@@ -62,8 +76,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"init_from: {path} holds more than weights ({what}); nothing of it was run; save its state dict alone"
         ) from None
-    while isinstance(values, Mapping) and (part := next((key for key in _PARTS if _is_part(values, key)), None)):
+    if part is not None:
+        if not isinstance(values, Mapping) or not isinstance(values.get(part), Mapping):
+            found = [key for key, value in values.items() if isinstance(value, Mapping)]
+            raise UserError(f"init_part: {path} has no part '{part}'; it has {', '.join(map(str, found)) or 'none'}")
         values = values[part]
+    while isinstance(values, Mapping) and (inner := next((key for key in _PARTS if _is_part(values, key)), None)):
+        values = values[inner]
     if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"init_from: {path} holds no state dict; give a file of weights")
     weights = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}

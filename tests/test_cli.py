@@ -202,6 +202,9 @@ def test_what_a_run_changes_of_its_page_is_said(monkeypatch, capsys):
     args = ["train", "experiment=vit_b_dyt", "dry_run=true"]
     _, out, _ = run(monkeypatch, capsys, *args, "seed=3", "data.root=null", "machine.compile=blocks")
     assert "is not that recipe" not in out
+    _, out, _ = run(monkeypatch, capsys, "train", "experiment=vit_l_alpha_init", "dry_run=true")
+    assert out.count("vit_l_alpha_init: no figure") == 8
+    assert "is not that recipe" not in out
     _, out, _ = run(monkeypatch, capsys, *args, "optim.lr=1e-3", "norm=ln")
     assert "This run is not that recipe: norm.name ln, there dyt; optim.lr 0.001, there 0.004" in out
 

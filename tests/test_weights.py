@@ -8,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, dytrun, tiny
@@ -78,7 +79,14 @@ def test_pickles_of_weights_in_every_usual_wrapping(tmp_path, wrap):
     state = model.state_dict()
     values = {
         "plain": state,
-        "reference": {"model": state, "epoch": 3, "args": argparse.Namespace(lr=4e-3), "scaler": {}},
+        "reference": {
+            "model": state,
+            "model_ema": {},
+            "epoch": 3,
+            "args": argparse.Namespace(lr=4e-3),
+            "scaler": {},
+            "optimizer": {"param_groups": [{"lr": np.float64(4e-3), "weight_decay": np.float32(0.05)}]},
+        },
         "timm": {"state_dict": state, "arch": "vit", "metric": 1.0},
         "ddp": {f"module.{name}": value for name, value in state.items()},
         "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
@@ -88,6 +96,19 @@ def test_pickles_of_weights_in_every_usual_wrapping(tmp_path, wrap):
     loaded = load_weights(other, read_weights(tmp_path / "file.pth"), tmp_path / "file.pth")
     assert loaded.copied == len(state)
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+def test_a_part_of_a_pickle_can_be_named(tmp_path):
+    model, _ = drawn("norm=dyt")
+    state = model.state_dict()
+    average = {name: value + 1 for name, value in state.items()}
+    torch.save({"model": state, "model_ema": average}, tmp_path / "file.pth")
+    assert torch.equal(read_weights(tmp_path / "file.pth")["head.bias"], state["head.bias"])
+    assert torch.equal(read_weights(tmp_path / "file.pth", "model_ema")["head.bias"], state["head.bias"] + 1)
+    with pytest.raises(UserError, match=r"init_part: .* has no part 'ema'; it has model, model_ema"):
+        read_weights(tmp_path / "file.pth", "ema")
+    one, other = (tiny(f"init_from={tmp_path}/file.pth", f"init_part={part}") for part in ("null", "model_ema"))
+    assert one.science_id != other.science_id
 
 
 class _Bomb:
