@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dytrun.arm import build_plain
@@ -91,13 +92,15 @@ def wants_calibration(config: RunConfig) -> bool:
 
 
 def _check_trained(config: RunConfig, weights: dict[str, Tensor], path: Path) -> None:
+    assert isinstance(config.norm, PointWiseConfig)
     if has_alphas(weights):
         raise UserError(f"norm.calibrate: {path} is of a converted model; give one that was trained with its own norms")
-    plain = build_plain(config, config.data.num_classes or 2, device="meta")
-    own = [(weights.get(f"{site.name}.weight"), weights.get(f"{site.name}.bias")) for site in norm_sites(plain)]
-    known = [(weight, bias) for weight, bias in own if weight is not None]
-    if known and all(bool((weight == 1).all()) and (bias is None or not bias.any()) for weight, bias in known):
+    plain = build_plain(config, config.data.num_classes or 2)
+    drawn = plain.state_dict()
+    names = [f"{site.name}.{part}" for site in norm_sites(plain, config.norm.types) for part in ("weight", "bias")]
+    known = [name for name in names if name in drawn and name in weights]
+    if known and all(torch.equal(drawn[name], weights[name].to(drawn[name].dtype)) for name in known):
         raise UserError(
-            f"norm.calibrate: the norms of {path} are as they were drawn (every weight 1, every bias 0), so its model "
-            "is not trained; train it first"
+            f"norm.calibrate: the norms of {path} are as a new model has them, every weight and bias, so its model is "
+            "not trained; train it first"
         )

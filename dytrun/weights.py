@@ -77,10 +77,11 @@ def read_weights(path: Path, part: str | None = None) -> dict[str, Tensor]:
             f"init_from: {path} holds more than weights ({what}); nothing of it was run; save its state dict alone"
         ) from None
     if part is not None:
-        if not isinstance(values, Mapping) or not isinstance(values.get(part), Mapping):
-            found = [key for key, value in values.items() if isinstance(value, Mapping)]
-            raise UserError(f"init_part: {path} has no part '{part}'; it has {', '.join(map(str, found)) or 'none'}")
-        values = values[part]
+        parts = {str(key): value for key, value in values.items() if isinstance(value, Mapping)} \
+            if isinstance(values, Mapping) else {}  # fmt: skip
+        if part not in parts:
+            raise UserError(f"init_part: {path} has no part '{part}'; it has {', '.join(parts) or 'none'}")
+        values = parts[part]
     while isinstance(values, Mapping) and (inner := next((key for key in _PARTS if _is_part(values, key)), None)):
         values = values[inner]
     if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):

@@ -132,7 +132,7 @@ def test_a_calibration_needs_a_trained_layernorm_model(tmp_path):
     with pytest.raises(UserError, match=r"norm.calibrate: there is no trained norm to fit.* init_from=FILE"):
         tiny("norm=dyt", "norm.calibrate=true")
     path = tmp_path / "w.safetensors"
-    for norm, said in (("ln", "as they were drawn .* is not trained"), ("dyt", "is of a converted model")):
+    for norm, said in (("ln", "as a new model has them.* is not trained"), ("dyt", "is of a converted model")):
         save_file(build_arm(tiny(f"norm={norm}"), 10)[0].state_dict(), path)
         with pytest.raises(UserError, match=f"norm.calibrate: .*{said}"):
             outline(tiny("norm=dyt", "norm.calibrate=true", f"init_from={path}"))
