@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dytrun.norm import FUNCTIONS, PointWise, point_wise
+from dytrun.errors import UserError
+from dytrun.norm import FUNCTIONS, PointWise
 
-# Rows (tokens or pixels) that a fit looks at, drawn evenly from all images.
+# Rows (tokens or pixels) that a fit looks at, as many from each batch.
 _MAX_ROWS = 8192
+# Relative deviation below which a channel counts as constant: some hundred steps of float32.
+_FLAT = 1e-5
 # The search for alpha: so many candidates a round, spread evenly on a log scale, each round around the last one's best.
 _CANDIDATES, _ROUNDS = 25, 4
 # Candidates of the first round, times 1 / std of the input.
@@ -59,21 +62,24 @@ def fit(layer: PointWise, x: Tensor, y: Tensor) -> Fit:
 
     What the layer does not have, or does not learn, stays as it is; so does its shift.
     """
-    x, y = x.double(), y.double()
+    x, y = x.float(), y.double()
     before = _error(layer, x, y)
-    if layer.alpha.requires_grad:
-        best = (1 / x.std().clamp_min(1e-12)).expand(layer.alpha.numel())
+    # With no bend in f, alpha and weight are one number.
+    if layer.alpha.requires_grad and layer.function != "identity":
+        per_channel = layer.alpha.numel() > 1
+        spread = x.double().std(0) if per_channel else x.double().std().view(1)
+        best = 1 / spread.clamp_min(1e-12)
         low, high = _LOWEST, _HIGHEST
         for _ in range(_ROUNDS):
-            factors = torch.logspace(math.log10(low), math.log10(high), _CANDIDATES, dtype=x.dtype, device=x.device)
+            factors = torch.logspace(math.log10(low), math.log10(high), _CANDIDATES, dtype=y.dtype, device=y.device)
             # (candidates, C): what is left of each channel's squared deviation
             left = torch.stack([_line(layer, x, y, factor * best)[2] for factor in factors])
-            chosen = left.argmin(0) if len(best) > 1 else left.sum(1).argmin(0, keepdim=True)
+            chosen = left.argmin(0) if per_channel else left.sum(1).argmin(0, keepdim=True)
             best = best * factors[chosen]
             ratio = (high / low) ** (1 / (_CANDIDATES - 1))
             low, high = 1 / ratio, ratio
         layer.alpha.copy_(best)
-    weight, bias, _ = _line(layer, x, y, layer.alpha.double())
+    weight, bias, _ = _line(layer, x, y, layer.alpha)
     if layer.weight is not None:
         layer.weight.copy_(weight)
     if layer.bias is not None:
@@ -83,24 +89,24 @@ def fit(layer: PointWise, x: Tensor, y: Tensor) -> Fit:
 
 def _line(layer: PointWise, x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for a given alpha, the best weight, bias and the squared error that they leave, each (C,)."""
-    z = alpha * x if layer.shift is None else alpha * x + layer.shift.double()
-    t = layer.gain * FUNCTIONS[layer.function](z)
+    # As the layer computes it, in float32: what that rounds away cannot be fitted.
+    z = alpha.float() * x if layer.shift is None else alpha.float() * x + layer.shift.float()
+    t = layer.gain * FUNCTIONS[layer.function](z).double()
     t_mean, y_mean = (t.mean(0), y.mean(0)) if layer.bias is not None else (0.0, 0.0)
     t_off, y_off = t - t_mean, y - y_mean
     if layer.weight is None:
         weight = torch.ones_like(y[0])
     else:
-        weight = (t_off * y_off).sum(0) / (t_off * t_off).sum(0).clamp_min(1e-30)
+        power = (t_off * t_off).sum(0)
+        # A channel that is saturated throughout moves by rounding alone: it gets its mean.
+        floor = len(t) * (_FLAT * t.abs().amax(0)).square()
+        weight = torch.where(power > floor, (t_off * y_off).sum(0) / power.clamp_min(1e-30), 0.0)
     bias = y_mean - weight * t_mean
     return weight, bias + torch.zeros_like(weight), (y_off - weight * t_off).square().sum(0)
 
 
 def _error(layer: PointWise, x: Tensor, y: Tensor) -> float:
-    inner = layer.alpha.double(), None if layer.shift is None else layer.shift.double()
-    affine = tuple(None if part is None else part.double() for part in (layer.weight, layer.bias))
-    t = point_wise(FUNCTIONS[layer.function], x, inner, (None, None))
-    weight, bias = affine
-    found = layer.gain * t * (1 if weight is None else weight) + (0 if bias is None else bias)
+    found = _unfused(layer, x.movedim(-1, layer.channel_axis)).movedim(layer.channel_axis, -1).double()
     return ((found - y).square().sum() / (y - y.mean(0)).square().sum().clamp_min(1e-30)).sqrt().item()
 
 
@@ -108,7 +114,10 @@ def _error(layer: PointWise, x: Tensor, y: Tensor) -> float:
 def _seen(model: nn.Module, axes: Mapping[str, int], batches: Sequence[Tensor], of_output: bool) -> dict[str, Tensor]:
     """Return rows (rows, C) of what goes into, or comes out of, some modules, in the order in which they compute.
 
-    Every model that sees the same batches gives the same rows.
+    Rows are drawn by a generator of its own, so every model that sees the same batches gives the same rows.
+
+    Raises:
+        UserError: a row is not finite.
     """
     rows: dict[str, list[Tensor]] = {}
 
@@ -116,8 +125,12 @@ def _seen(model: nn.Module, axes: Mapping[str, int], batches: Sequence[Tensor], 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = _unfused(module, args[0]) if of_output else args[0]
             value = value.movedim(axes[name], -1).flatten(0, -2)
-            every = max(1, len(value) * len(batches) // _MAX_ROWS)
-            rows.setdefault(name, []).append(value[::every].float())
+            parts = rows.setdefault(name, [])
+            generator = torch.Generator().manual_seed(len(parts))
+            drawn = torch.randperm(len(value), generator=generator)[: -(-_MAX_ROWS // len(batches))]
+            parts.append(value[drawn.to(value.device)].float())
+            if not bool(parts[-1].isfinite().all()):
+                raise UserError(f"norm.calibrate: {name} sees values that are not finite; start from another file")
 
         return model.get_submodule(name).register_forward_hook(hook)
 

@@ -145,7 +145,9 @@ def matches_manifest(path: Path) -> bool:
         entry = json.loads((path.parent / "manifest.json").read_text()).get(path.name)
     except (OSError, ValueError, AttributeError):
         return True
-    return entry is None or _sha256(path) == entry["sha256"]
+    if not isinstance(entry, Mapping) or "sha256" not in entry or not path.is_file():
+        return True
+    return _sha256(path) == entry["sha256"]
 
 
 def _sha256(path: Path) -> str:

@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dytrun import __version__
 from dytrun.errors import UserError
-from dytrun.usage import COMMANDS, CONF, command_help, usage
+from dytrun.usage import COMMANDS, CONF, command_help, config_dir_of, flag_name, is_bare, usage
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -58,19 +58,19 @@ def _main(args: list[str]) -> int:
             f"'{verb}' is no command{near(verb, list(COMMANDS)) or ';'} the commands are {', '.join(COMMANDS)}"
         )
     if "--help" in rest or "-h" in rest:
-        print(command_help(verb, _config_dir(rest)))
+        print(command_help(verb, config_dir_of(rest)))
         return DONE
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         if verb == "train":
             raise UserError(f"'{rest[0]}' is no key=value; see dytrun train --help")
         rest[0] = "dir='{}'".format(rest[0].replace("\\", "\\\\").replace("'", "\\'"))
-    if len(rest) > 1 and verb != "train" and (extra := [arg for arg in rest[1:] if arg in _MULTIRUN or _bare(arg)]):
+    if len(rest) > 1 and verb != "train" and (extra := [arg for arg in rest[1:] if arg in _MULTIRUN or is_bare(arg)]):
         raise UserError(f"{extra[0]}: dytrun {verb} takes one directory and key=value, and does not sweep")
     return {"train": _train, "eval": _eval, "report": _report}[verb](rest)
 
 
 def _train(args: list[str]) -> int:
-    if any(_flag(arg) in _SHOW for arg in args):
+    if any(flag_name(arg) in _SHOW for arg in args):
         return _hydra("train", [arg for arg in args if arg not in _MULTIRUN], _no_task)
     configs = list(_expand(args))
     names = {config.run_name for config in configs}  # of every job, so that a missing init_from stops all of them
@@ -101,14 +101,17 @@ def _page(cfg: Any, name: str) -> Any:
     from hydra import compose
     from omegaconf import OmegaConf
 
-    page = compose("train", [f"experiment={name}"], return_hydra_config=True)
+    try:
+        page = compose("train", [f"experiment={name}"], return_hydra_config=True)
+    except Exception as error:
+        _raise_composition(error)
     for key in page.hydra.sweeper.params or {}:
         OmegaConf.update(page, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     return _validated("train", page)
 
 
 def _eval(args: list[str]) -> int:
-    if any(_flag(arg) in _SHOW for arg in args):
+    if any(flag_name(arg) in _SHOW for arg in args):
         return _hydra("eval", args, _no_task)
     config = next(_expand(args, "eval"))
     from dytrun import commands
@@ -118,7 +121,7 @@ def _eval(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    if any(_flag(arg) in _SHOW for arg in args):
+    if any(flag_name(arg) in _SHOW for arg in args):
         return _hydra("report", args, _no_task)
     config = next(_expand(args, "report"))
     from dytrun import commands
@@ -192,7 +195,7 @@ def _expand(args: Sequence[str], verb: str = "train") -> Iterator[Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     flags = [arg for arg in args if arg.startswith("-")]
-    search = _config_dir(args)
+    search = config_dir_of(args)
     overrides = [_addable(arg) for arg in args if arg not in flags and arg != search]
     for flag in flags:
         if flag not in _MULTIRUN and not re.match(r"(--config-dir|-cd)\b", flag):
@@ -278,11 +281,14 @@ def _validated(verb: str, cfg: Any) -> Any:
 
 
 def _addable(arg: str) -> str:
-    """The model's own arguments and the patterns of rules are free, so a new one needs no `+`."""
-    return f"++{arg}" if re.match(r"(model\.kwargs|norm\.rules)[.=]", arg) else arg
+    """Let a key be new without a `+`: the model's own arguments are free, and what a norm takes depends on the norm.
+
+    Validation names those that a norm does not take.
+    """
+    return f"++{arg}" if re.match(r"model\.kwargs[.=]|norm\.\w", arg) else arg
 
 
-def _raise_composition(error: Exception) -> None:
+def _raise_composition(error: Exception) -> NoReturn:
     """Turn what Hydra says of a command line into one line; raise anything else as it is."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
@@ -291,7 +297,7 @@ def _raise_composition(error: Exception) -> None:
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = [str(item) for item in error.options or []]
+        options = [str(item) for item in error.options or [] if not str(item).startswith("_")]
         raise UserError(
             f"{group}={option}: no such option{near(option, options)}; there are {', '.join(options)}"
         ) from None
@@ -308,14 +314,6 @@ def _version_base() -> dict[str, Any]:
     return {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 
 
-def _flag(arg: str) -> str:
-    return arg.partition("=")[0]
-
-
-def _bare(arg: str) -> bool:
-    return "=" not in arg and not arg.startswith("-")
-
-
 @contextmanager
 def _raw_errors() -> Iterator[None]:
     """While it lasts Hydra raises instead of printing and leaving."""
@@ -325,14 +323,6 @@ def _raw_errors() -> Iterator[None]:
         yield
     finally:
         os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
-
-
-def _config_dir(args: Sequence[str]) -> str | None:
-    for index, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name in ("--config-dir", "-cd"):
-            return value or (args[index + 1] if index + 1 < len(args) else "")
-    return None
 
 
 def _complete(args: list[str]) -> int:

@@ -22,7 +22,7 @@ def train(config: RunConfig, page: RunConfig | None) -> str:
         launch.Failed, launch.Stopped: as `launch.train`.
     """
     if config.published is not None and page is not None:
-        config = config.model_copy(update={"published": _compared(config.published, config, page)})
+        config = config.model_copy(update={"published": _compared(config, page)})
     if not config.dry_run and (done := launch.previous(config)) is not None:
         if _is_first():
             terminal.line(f"{config.run_dir}: {done.status} already; remove the directory to train it again")
@@ -40,12 +40,13 @@ def train(config: RunConfig, page: RunConfig | None) -> str:
     return result.status
 
 
-def _compared(published: Published, config: RunConfig, page: RunConfig) -> Published:
+def _compared(config: RunConfig, page: RunConfig) -> Published | None:
     """Say what of a run's science is not as on the page; another norm has other settings, and is one difference."""
     found = difference(config.science(), page.science())
     if config.norm.name != page.norm.name:
         found = [item for item in found if item[0] == "norm.name" or not item[0].startswith("norm.")]
-    return published.model_copy(update={"differs": [f"{key} {here}, there {there}" for key, here, there in found]})
+    differs = [f"{key} {here}, there {there}" for key, here, there in found]
+    return page.published and page.published.model_copy(update={"differs": differs})
 
 
 def evaluate(config: EvalConfig) -> None:

@@ -66,7 +66,8 @@ class PointWiseConfig(BaseModel):
     exclude: list[SitePattern]
     calibrate: bool
     """Whether alpha, weight and bias of each site are fitted to the trained norm of `init_from`."""
-    calibrate_images: Count
+    calibrate_images: Annotated[int, Field(ge=1, le=8192, strict=True)]
+    """They are on the device all at once."""
 
 
 class RmsNormConfig(BaseModel):
@@ -280,6 +281,13 @@ class RunConfig(BaseModel):
             del science["data"]["num_train"]  # a plan's number; the data decides
         if not self.ema.enabled:
             del science["ema"]["decay"]
+        if not self.augment.mixes:
+            for key in ("mixup", "cutmix", "mix_prob", "mix_switch_prob"):
+                del science["augment"][key]
+        science["model"]["kwargs"].pop("img_size", None)  # it can only be data.image_size
+        for key in ("include", "exclude"):
+            if science["norm"].get(key):
+                science["norm"][key].sort()
         if "rules" in science["norm"]:
             science["norm"]["rules"] = [list(rule) for rule in science["norm"]["rules"].items()]  # their order counts
             if not science["norm"]["calibrate"]:

@@ -42,7 +42,7 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
     """Return the sites that a conversion replaces, each with its alpha_init, and those of its types that it leaves.
 
     Raises:
-        UserError: there are none, a pattern matches none, or one of them has no twin.
+        UserError: there are none, a pattern matches none, one has no twin, or channels that groups cannot share.
     """
     sites = norm_sites(model, how.types)
     if not sites:
@@ -63,6 +63,12 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
             f"{refused[0].name or 'the model itself'} ({refused[0].kind}); leave them out with norm.exclude, choose "
             "another model, or norm=ln"
         )
+    for site in chosen:
+        if how.name == "group" and site.num_channels % how.num_groups:
+            raise UserError(
+                f"norm.num_groups: {how.num_groups} groups cannot share the {site.num_channels} channels of "
+                f"{site.name}; choose a divisor"
+            )
     chosen_by("norm.rules", list(how.rules), chosen)
     return (
         [replace(site, alpha_init=_alpha_init(site, how)) for site in chosen],
@@ -73,31 +79,37 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
 def convert_norms(model: nn.Module, how: Conversion) -> list[Site]:
     """Replace the chosen norms of `model`, in place, and say which.
 
-    Device, dtype, training flag and requires_grad stay as they were. Run it before the optimizer, EMA and DDP.
+    Device, dtype, training flag and requires_grad stay as they were; hooks on a norm go with it. Run it before the
+    optimizer, EMA and DDP.
 
     Raises:
-        UserError: as `chosen_sites`, or channels do not split into groups; the model is then as it was.
+        UserError: as `chosen_sites`; the model is then as it was.
     """
     sites, _ = chosen_sites(model, how)
     twins: dict[nn.Module, nn.Module] = {}
     for site in sites:
         norm = model.get_submodule(site.name)
-        weight = getattr(norm, "weight", None)
-        like = weight if weight is not None else next(model.parameters(), torch.empty(0))
-        twins[norm] = _twin(norm, site, how).to(like.device, like.dtype).train(norm.training)
+        like = next(norm.parameters(recurse=False), next(model.parameters(), torch.empty(0)))
+        twins[norm] = _twin(norm, site, how, like)
     for parent, child, module in _places(model):
         if module in twins:
             setattr(parent, child, twins[module])
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.norm1, PointWise | RmsNorm | GroupNorm):
+        if isinstance(module, nn.TransformerEncoderLayer) and {module.norm1, module.norm2} & set(twins.values()):
             # In evaluation torch would hand weight, bias and eps to a fused kernel that computes LayerNorm.
             module.activation_relu_or_gelu = 0
     return sites
 
 
-def _twin(norm: nn.Module, site: Site, how: Conversion) -> nn.Module:
-    """Return what takes the place of `norm`, with its very weight and bias parameters."""
-    twin = _layer(site, how, KINDS[type(norm)].channel_axis, getattr(norm, "eps", None))
+def _twin(norm: nn.Module, site: Site, how: Conversion, like: torch.Tensor) -> nn.Module:
+    """Return what takes the place of `norm`, with its very weight and bias; what is new goes where `like` is."""
+    eps = getattr(norm, "eps", None)
+    twin = _layer(site, how, KINDS[type(norm)].channel_axis, torch.finfo(torch.float32).eps if eps is None else eps)
+    twin.to(like.device, like.dtype).train(norm.training)
+    if isinstance(twin, PointWise):
+        # The alpha of a frozen norm is frozen too.
+        twin.alpha.requires_grad_(how.learn_alpha and like.requires_grad)
+    twin.replaced = tuple(name for name, _ in norm.named_parameters(recurse=False))
     twin.weight = getattr(norm, "weight", None) if how.affine else None
     if isinstance(twin, PointWise | GroupNorm):
         twin.bias = getattr(norm, "bias", None) if how.affine else None
@@ -111,20 +123,14 @@ def _twin(norm: nn.Module, site: Site, how: Conversion) -> nn.Module:
     return twin
 
 
-def _layer(site: Site, how: Conversion, axis: int, eps: float | None) -> PointWise | RmsNorm | GroupNorm:
-    eps = eps if eps is not None else torch.finfo(torch.float32).eps
+def _layer(site: Site, how: Conversion, axis: int, eps: float) -> PointWise | RmsNorm | GroupNorm:
     if how.name == "rms":
         return RmsNorm(site.num_channels, axis, eps)
     if how.name == "group":
-        if site.num_channels % how.num_groups:
-            raise UserError(
-                f"norm.num_groups: {how.num_groups} groups cannot share the {site.num_channels} channels of {site.name}"
-            )
         return GroupNorm(site.num_channels, how.num_groups, axis, eps)
     layer = PointWise(site.num_channels, how.name, site.alpha_init or how.alpha_init, how.shift_init, axis,
                       how.per_channel_alpha)  # fmt: skip
     layer.eps = eps
-    layer.alpha.requires_grad_(how.learn_alpha)
     return layer
 
 

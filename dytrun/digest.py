@@ -1,10 +1,11 @@
-"""Short digests: two things have the same one if and only if they are the same."""
+"""Short digests, by which two things are known to be the same."""
 
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dytrun.errors import UserError
@@ -21,6 +22,10 @@ def file_digest(path: str) -> str:
     Raises:
         UserError: it cannot be read.
     """
+    if os.path.isdir(path):
+        found = sorted(Path(path).glob("checkpoints/step-*/model.safetensors"))
+        hint = f"a file, such as {found[-1]}" if found else "a file of weights"
+        raise UserError(f"init_from: {path} is a directory; give {hint}")
     try:
         stat = os.stat(path)
         return _file_digest(path, stat.st_size, stat.st_mtime_ns)

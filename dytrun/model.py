@@ -9,7 +9,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from dytrun.config import ModelConfig
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.validation import near
 
 
@@ -40,7 +40,7 @@ def build_model(model: ModelConfig, num_classes: int, image_size: int, device: s
             module = timm.create_model(model.name, pretrained=False, num_classes=num_classes, **kwargs)
     except Exception as error:  # what a model raises for an argument that it cannot use is anything
         raise UserError(
-            f"model: timm cannot build {model.name} with {kwargs} ({type(error).__name__}: {_first_line(error)}); "
+            f"model: timm cannot build {model.name} with {kwargs} ({type(error).__name__}: {first_line(error)}); "
             "mend model.kwargs or model.drop_path"
         ) from error
     _check_patches(module, model.name, image_size)
@@ -64,7 +64,7 @@ def check_forward(module: nn.Module, name: str, num_classes: int, image_size: in
         if "meta" in str(error):
             return  # a model that reads values on its way; it will say itself what it cannot do
         raise UserError(
-            f"model: {name} cannot take RGB images of {image_size} px ({type(error).__name__}: {_first_line(error)}); "
+            f"model: {name} cannot take RGB images of {image_size} px ({type(error).__name__}: {first_line(error)}); "
             "mend model.kwargs or data.image_size"
         ) from error
     if shape != (2, num_classes):
@@ -110,7 +110,3 @@ def _check_patches(module: nn.Module, name: str, image_size: int) -> None:
                 f"data.image_size: {image_size} is no multiple of the patch size {side} of {name}; "
                 f"set data.image_size or model.kwargs.patch_size"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -82,7 +82,8 @@ def isru(z: Tensor) -> Tensor:
 
 def expsign(z: Tensor) -> Tensor:
     """sign(z) (1 - exp(-|z|)): ViT-B 82.2 (Derf's paper)."""
-    return torch.sign(z) * -torch.expm1(-z.abs())
+    # Two branches, because the slope of sign(z) g(|z|) at 0 would come out as 0 instead of 1.
+    return torch.where(z >= 0, -torch.expm1(-z.clamp(min=0)), torch.expm1(z.clamp(max=0)))
 
 
 def cubsign(z: Tensor) -> Tensor:
@@ -142,7 +143,8 @@ class PointWise(nn.Module):
     ViT/dynamic_erf.py), so that state dicts are exchangeable: `alpha` and, if `shift_init` is given, `shift`, of shape
     (1,), or (C,) with `per_channel_alpha`; `weight` and `bias` of shape (C,), or None.
 
-    `eps` is that of the norm replaced: unused, but models read it off their norms.
+    `eps` is that of the norm replaced: unused, but models read it off their norms. `replaced` names that norm's own
+    parameters.
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class PointWise(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_channels))
         self.gain = math.sqrt(num_channels) if function == "dyisru" else 1.0
+        self.replaced: tuple[str, ...] = ()
         self.drop: nn.Module | None = None
         self.act: nn.Module | None = None
 
@@ -173,7 +176,8 @@ class PointWise(nn.Module):
         """Map activations of any shape with C on the channel axis to the same shape and dtype."""
         weight = self.weight
         if self.gain != 1.0:
-            weight = self.gain * (weight if weight is not None else x.new_ones(self.normalized_shape))
+            ones = torch.ones(self.normalized_shape, device=x.device) if weight is None else weight
+            weight = self.gain * ones.to(torch.promote_types(ones.dtype, torch.float32))
         inner, affine = (self.alpha, self.shift), (weight, self.bias)
         return _fused(self, point_wise(FUNCTIONS[self.function], x, inner, affine, self.channel_axis))
 
@@ -195,13 +199,14 @@ class RmsNorm(nn.Module):
         self.channel_axis = channel_axis
         self.eps = eps
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
+        self.replaced: tuple[str, ...] = ()
         self.drop: nn.Module | None = None
         self.act: nn.Module | None = None
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Divide each token, or pixel, by the root mean square of its channels; shape and dtype stay."""
         maths = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(self.channel_axis, -1)
-        y = F.rms_norm(maths, self.normalized_shape, self.weight, self.eps)
+        y = F.rms_norm(maths, self.normalized_shape, _as(maths, self.weight), self.eps)
         return _fused(self, y.movedim(-1, self.channel_axis).to(x.dtype))
 
 
@@ -219,14 +224,19 @@ class GroupNorm(nn.Module):
         self.eps = eps
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_channels))
+        self.replaced: tuple[str, ...] = ()
         self.drop: nn.Module | None = None
         self.act: nn.Module | None = None
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Normalize each group of channels of each image; shape and dtype stay."""
         maths = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(self.channel_axis, 1)
-        y = F.group_norm(maths, self.num_groups, self.weight, self.bias, self.eps)
+        y = F.group_norm(maths, self.num_groups, _as(maths, self.weight), _as(maths, self.bias), self.eps)
         return _fused(self, y.movedim(1, self.channel_axis).to(x.dtype))
+
+
+def _as(x: Tensor, value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(x.dtype)
 
 
 def _fused(layer: "PointWise | RmsNorm | GroupNorm", y: Tensor) -> Tensor:

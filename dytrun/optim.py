@@ -11,7 +11,7 @@ from torch import nn
 
 from dytrun.config import OptimConfig, RunConfig
 from dytrun.errors import UserError
-from dytrun.norm import PointWise
+from dytrun.norm import GroupNorm, PointWise, RmsNorm
 
 # The learning rate of the paper's ImageNet runs and the global batch that it belongs to (README of jiachenzhu/DyT).
 PAPER_LR, PAPER_BATCH = 4e-3, 4096
@@ -109,15 +109,21 @@ def _layers(model: nn.Module) -> dict[str, int]:
     """Number the layers that parameters belong to, as timm does, from the image up."""
     if hasattr(model, "group_matcher"):
         return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore[reportCallIssue]
-    # timm then counts parameters, which alphas and shifts must not shift: they are put where their site is.
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PointWise)}
-    added = {f"{name}.{part}": name for name in layers for part in ("alpha", "shift")}
-    named = [(name, parameter) for name, parameter in model.named_parameters() if name not in added]
-    found = auto_group_layers(SimpleNamespace(named_parameters=lambda: named, pretrained_cfg=model.pretrained_cfg))
-    for name, site in added.items():
-        own = [found[f"{site}.{part}"] for part in ("weight", "bias") if f"{site}.{part}" in found]
-        found[name] = own[0] if own else 0
-    return found
+    # timm then counts parameters: those of the norms as they were, so that all arms have the same layers.
+    names: list[str] = []
+    sites: dict[str, int] = {}
+    for name, module in model.named_modules():
+        is_converted = isinstance(module, PointWise | RmsNorm | GroupNorm)
+        own = module.replaced if is_converted else [part for part, _ in module.named_parameters(recurse=False)]
+        sites[name] = max(0, len(names) - (0 if own else 1))
+        names += [f"{name}.{part}" if name else part for part in own]
+    counted = SimpleNamespace(named_parameters=lambda: [(name, None) for name in names])
+    counted.pretrained_cfg = model.pretrained_cfg
+    layers = auto_group_layers(counted)
+    for name, _ in model.named_parameters():
+        if name not in layers:
+            layers[name] = layers[names[sites[name.rpartition(".")[0]]]]
+    return layers
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -124,7 +124,7 @@ def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) ->
     arms = [_arm(label, runs, [] if label == chosen else base, confidence) for label, runs in ordered]
     verdicts = _verdicts([arm for arm in arms if arm.label != chosen], str(chosen)) if base else []
     splits = {(run.result.ranks, run.result.machine.get("batch_per_rank")) for run in members if run.result.machine}
-    if verdicts and len(splits) > 1 and (first.science["augment"]["mixup"] or first.science["augment"]["cutmix"]):
+    if verdicts and len(splits) > 1 and "mixup" in first.science["augment"]:
         verdicts.append("Its runs split the batch differently over ranks or micro-batches, so images were mixed with "
                         "other partners: the arms differ in that too.")  # fmt: skip
     return Pair(pair_id, first.model, first.science["data"]["name"], arms, verdicts)

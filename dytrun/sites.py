@@ -1,8 +1,8 @@
 """Which norms a model has, where they sit, and which of them a pattern means.
 
-A site has a role, read off its neighbours in the module tree: `attention` or `feed_forward` (the norm of that
-sub-layer), `qk` (of queries or keys), `final` (after the last block), `other` (stem, downsampling, …); and, inside a
-block, the number of that block.
+A site has a role, read off its neighbours in the module tree: `attention` (or what else mixes tokens) or `feed_forward`
+(the norm of that sub-layer), `qk` (of queries or keys), `final` (after the last block), `other` (stem, …);
+and, inside a block, the number of that block.
 """
 
 import re
@@ -73,8 +73,9 @@ _OTHER_NORMS = (nn.modules.batchnorm._NormBase, GlobalResponseNorm)
 ROLES = ("attention", "feed_forward", "qk", "final", "other")
 
 _QK = re.compile(r"(q|k|v|kv)_?(norm|ln)|(norm|ln)_?(q|k|v|kv)")
+_NO_LAYER = (nn.Identity, nn.Dropout)  # attn_drop is no attention
 _HEAD = re.compile(r"head|pool|fc_norm")
-_ATTENTION = re.compile(r"attn|attention|mixer|modulation|rnn", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|mixer|token|modulation", re.IGNORECASE)  # whatever mixes tokens
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 
@@ -99,12 +100,9 @@ class Site:
 
 def norm_sites(model: nn.Module, families: Sequence[str] = ("layernorm",)) -> list[Site]:
     """List every norm of these families in the order of the model's modules; a shared one once."""
-    found = []
-    for name, module in model.named_modules():
-        family = next((key for key in families if isinstance(module, _FAMILIES[key])), None)
-        if family is not None and getattr(module, "num_groups", 1) == 1:
-            found.append((name, family, module))
-    places = _places(model, [name for name, _, _ in found])
+    found = [(name, module, _family(module)) for name, module in model.named_modules()]
+    # Places are told from all norms, so that they do not depend on which families are asked for.
+    places = _places(model, [name for name, _, family in found if family is not None])
     return [
         Site(
             name=name,
@@ -116,7 +114,8 @@ def norm_sites(model: nn.Module, families: Sequence[str] = ("layernorm",)) -> li
             block=places[name][1],
             has_twin=bool(name) and type(module) in KINDS and len(_shape(module)) == 1,
         )
-        for name, family, module in found
+        for name, module, family in found
+        if family is not None and family in families
     ]
 
 
@@ -155,6 +154,12 @@ def chosen_by(key: str, patterns: Sequence[str], sites: Sequence[Site]) -> list[
     return [site for site in sites if any(matches(pattern, site) for pattern in patterns)]
 
 
+def _family(module: nn.Module) -> str | None:
+    if getattr(module, "num_groups", 1) != 1:
+        return None
+    return next((family for family, kinds in _FAMILIES.items() if isinstance(module, kinds)), None)
+
+
 def _shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.GroupNorm):
         return (module.num_channels,)
@@ -162,38 +167,51 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _places(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
-    """Return the role and the block of each site."""
+    """Return the role and the block of each norm."""
     modules = dict(model.named_modules())
     roles = {name: _role_in_block(modules, name) for name in names}
     inside = [index for index, name in enumerate(names) if roles[name] != "other"]
-    last = max(inside, default=-1)
+    last = max(inside, default=len(names))
     blocks: dict[str, int] = {}
     places: dict[str, tuple[str, int | None]] = {}
     for index, name in enumerate(names):
-        path = _block_path(name) if roles[name] != "other" else None
+        path = _block_path(name, roles[name])
         block = blocks.setdefault(path, len(blocks)) if path else None
-        places[name] = ("final" if index > last and last >= 0 else roles[name], block)
+        places[name] = ("final" if index > last else roles[name], block)
     return places
 
 
 def _role_in_block(modules: dict[str, nn.Module], name: str) -> str:
-    """Return the role of a site by its own name, its ancestors, then its neighbours; `other` if nothing tells."""
+    """Return the role of a norm by its own name, else by its nearest neighbours or container; `other` if none tells."""
     *path, own = name.split(".")
     if not path or _HEAD.search(path[0]):
         return "other"
     if _QK.fullmatch(own):
         return "qk"
-    parent = modules[".".join(path)]
-    for part in reversed(path):
-        if "block" not in part and (role := _sublayer(part)):
+    for depth in range(len(path), 0, -1):
+        container = modules[".".join(path[:depth])]
+        child = name.split(".")[depth]
+        if role := _role_among(container, child):
             return role
-    children = [(child, _sublayer(child) or _sublayer(type(module).__name__), type(module) in KINDS)
-                for child, module in parent.named_children()]  # fmt: skip
-    order = [role if role and not is_norm else None for _, role, is_norm in children if role or is_norm]
-    own_place = [child for child, role, is_norm in children if role or is_norm].index(own)
-    # A block starts with a norm, whose sub-layer follows it, or with a sub-layer, which its norm follows.
-    neighbours = order[own_place:] if order[0] is None else order[own_place::-1]
-    return next((role for role in neighbours if role), "other")
+        if "block" not in path[depth - 1] and (role := _sublayer(path[depth - 1])):
+            return role
+    return "other"
+
+
+def _role_among(container: nn.Module, own: str) -> str | None:
+    """Return the role of the sub-layer that belongs to the norm in child `own`, if the container has sub-layers.
+
+    A block starts with a norm, whose sub-layer follows it, or with a sub-layer, which its norm follows.
+    """
+    order: list[tuple[str, str | None]] = []
+    for name, child in container.named_children():
+        is_norm = name == own or _family(child) is not None
+        role = None if is_norm or isinstance(child, _NO_LAYER) else _sublayer(name) or _sublayer(type(child).__name__)
+        if is_norm or role or any(_family(inner) is not None for inner in child.children()):
+            order.append((name, role))
+    place = [name for name, _ in order].index(own)
+    neighbours = order[place:] if order[0][1] is None else order[place::-1]
+    return next((role for _, role in neighbours if role), None)
 
 
 def _sublayer(name: str) -> str | None:
@@ -203,10 +221,14 @@ def _sublayer(name: str) -> str | None:
     return None
 
 
-def _block_path(name: str) -> str | None:
-    """Return the path of the block that a site is in: down to the number after `blocks`, else to the last number."""
+def _block_path(name: str, role: str) -> str | None:
+    """Return the path of the block that a norm is in, down to its number; None outside blocks."""
     parts = name.split(".")[:-1]
-    if "blocks" in parts[:-1]:
-        return ".".join(parts[: parts.index("blocks") + 2])
+    if role == "other":
+        # A stem, a downsampling, a head: in a block only where something on the way is called one.
+        named = [index for index, part in enumerate(parts[:-1]) if "block" in part and parts[index + 1].isdigit()]
+        return ".".join(parts[: named[-1] + 2]) if named else None
+    inner = [index for index, part in enumerate(parts) if "block" not in part and _sublayer(part)]
+    parts = parts[: inner[0]] if inner else parts
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else None

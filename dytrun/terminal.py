@@ -125,7 +125,7 @@ def calibration(found: Mapping[str, Any]) -> None:
     rows = [(name, *(f"{site[key]:.3f}" for key in ("alpha", "error_before", "error"))) for name, site in sites]
     top1 = ", ".join(f"{found[f'top1_{state}']:.2f} % {state}" for state in ("trained", "converted", "calibrated"))
     columns = ("site", "alpha", "converted", "calibrated")
-    title = "calibration: share of each norm's output that is missed"
+    title = "calibration: relative RMS error at each site"
     table(title, columns, rows, [f"top-1 before training: {top1}"])
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from dytrun.config import RunConfig, TrackingConfig
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.records import AXES, Record, RunResult, to_json_line, whole_lines
 
 # Seconds that a run may wait for W&B before it goes on without.
@@ -83,7 +83,7 @@ class Tracker:
             raise
         except Exception as error:
             self._run = None
-            self._say(f"W&B is left out from here ({_first_line(error)}); metrics.jsonl has everything")
+            self._say(f"W&B is left out from here ({first_line(error)}); metrics.jsonl has everything")
 
     def _start_wandb(self, config: RunConfig, run_dir: Path) -> None:
         mode, why = choose_mode(config.tracking)
@@ -96,9 +96,9 @@ class Tracker:
         except Exception as error:  # wandb raises CommError, UsageError, and what its service process died of
             if config.tracking.mode == "online":
                 raise UserError(
-                    f"tracking.mode: W&B cannot be reached ({_first_line(error)}); say tracking.mode=auto"
+                    f"tracking.mode: W&B cannot be reached ({first_line(error)}); say tracking.mode=auto"
                 ) from error
-            mode, why = "offline", f"W&B did not answer ({_first_line(error)})"
+            mode, why = "offline", f"W&B did not answer ({first_line(error)})"
             # W&B's service still holds the id of the try that failed, and gives it to nobody else.
             run = _init(wandb, config, run_dir, secrets.token_hex(4), mode)
         for axis in AXES:
@@ -182,7 +182,3 @@ def _run_id(run_dir: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

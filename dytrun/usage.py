@@ -1,5 +1,6 @@
-"""What --help says, read from conf/ so that it cannot drift from it; answers without importing anything."""
+"""What --help says, read from conf/ so that it cannot drift from it; what a word of a command line is. No imports."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -77,3 +78,22 @@ def _keys(group: Path) -> list[str]:
 def _summary(path: Path) -> str:
     comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
     return comments[0] if comments else ""
+
+
+def config_dir_of(args: Sequence[str]) -> str | None:
+    """Return the directory that --config-dir names, if it is there."""
+    for index, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name in ("--config-dir", "-cd"):
+            return value or (args[index + 1] if index + 1 < len(args) else "")
+    return None
+
+
+def flag_name(arg: str) -> str:
+    """Return a flag without its value."""
+    return arg.partition("=")[0]
+
+
+def is_bare(arg: str) -> bool:
+    """Say whether an argument is neither a flag nor a key=value."""
+    return "=" not in arg and not arg.startswith("-")

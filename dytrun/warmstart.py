@@ -18,8 +18,10 @@ from dytrun.errors import UserError
 from dytrun.records import Accuracy
 from dytrun.sites import norm_sites
 from dytrun.sources import Data, Split
-from dytrun.weights import Loaded, has_alphas, load_weights, read_weights
+from dytrun.weights import Loaded, classifier_names, has_alphas, load_weights, read_weights
 
+# Images of a batch: no matter of the machine, because rows are drawn from each.
+_CALIBRATION_BATCH = 64
 # A model → its accuracy over the validation images; collective.
 Evaluate = Callable[[nn.Module], Accuracy]
 
@@ -35,7 +37,7 @@ class Start:
 
     def facts(self) -> dict[str, Any]:
         """Return what init.json holds."""
-        return {"file": str(self.path), "part": self.part, "sha256": file_digest(str(self.path)), **asdict(self.loaded)}
+        return {"file": str(self.path), "part": self.part, "digest": file_digest(str(self.path)), **asdict(self.loaded)}
 
 
 def load_start(config: RunConfig, model: nn.Module) -> Start | None:
@@ -67,20 +69,22 @@ def calibrate_start(
     teacher = build_plain(config, data.num_classes)
     load_weights(teacher, start.weights, start.path)
     teacher = teacher.to(place.device)
-    trained, converted = evaluate(teacher), evaluate(model)
+    # With a classifier that is new an accuracy would say nothing.
+    is_whole = not any(name in classifier_names(model) for name in start.loaded.new)
+    trained, converted = (evaluate(teacher), evaluate(model)) if is_whole else (None, None)
     num = min(config.norm.calibrate_images, len(data.train.labels))
     chosen = epoch_order(len(data.train.labels), config.seed, 0)[:num]
     images = Split(data.train.labels[chosen], lambda index: data.train.image(int(chosen[index])))
-    seen = ValBatches(config.data, images, config.machine.eval_batch_per_rank, 0, (0, 1, place.device))
+    seen = ValBatches(config.data, images, _CALIBRATION_BATCH, 0, (0, 1, place.device))
     was_training = model.training
     fits = calibrate(teacher, model, [batch.images for batch in seen()])
     model.train(was_training)
     broadcast_weights(model)
-    calibrated = evaluate(model)
+    calibrated = evaluate(model) if is_whole else None
     return {
-        "top1_trained": trained.top1,
-        "top1_converted": converted.top1,
-        "top1_calibrated": calibrated.top1,
+        "top1_trained": trained and trained.top1,
+        "top1_converted": converted and converted.top1,
+        "top1_calibrated": calibrated and calibrated.top1,
         "images": num,
         "sites": {name: found._asdict() for name, found in fits.items()},
     }

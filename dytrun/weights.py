@@ -1,7 +1,9 @@
 """Weights from a file: read without running its code, matched by name, nothing filled in silently."""
 
 import argparse
+import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dytrun.checkpoint import matches_manifest
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.norm import GroupNorm, PointWise, RmsNorm
 
 # Where training scripts put the model among other things: the reference's and timm's, in this order.
@@ -41,7 +43,7 @@ class Loaded:
 
     copied: int
     new: list[str]
-    """Of the model, not of the file: alphas and shifts, and a classifier of another size. They are as drawn."""
+    """Of the model, not of the file, and as drawn: a classifier of another size, first, then alphas and shifts."""
     unused: list[str]
     """Of the file, not of the model: the weight or bias of a norm whose replacement has none."""
 
@@ -54,27 +56,26 @@ def read_weights(path: Path, part: str | None = None) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged, holds code, or holds no weights, or no such part.
     """
-    if path.is_dir():
-        found = sorted(path.glob("checkpoints/step-*/model.safetensors"))
-        hint = f"a file, such as {found[-1]}" if found else "a file of weights"
-        raise UserError(f"init_from: {path} is a directory; give {hint}")
     if not matches_manifest(path):
         raise UserError(f"init_from: {path} is damaged (it does not match the manifest beside it); give another file")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             values: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals(_RECORDS):
+            with torch.serialization.safe_globals(_RECORDS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickles that torch did not write
                 values = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"init_from: {path} cannot be read ({first_line(error)}); give another file") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        if (name := re.search(r"GLOBAL ([\w.]+)", str(error))) is not None:
+            raise UserError(
+                f"init_from: {path} holds more than weights ({name[1]}, which is code); nothing of it was run; save "
+                "its state dict alone"
+            ) from None
         raise UserError(
-            f"init_from: {path} cannot be read as weights ({_first_line(error)}); give another file"
-        ) from None
-    except Exception as error:  # pickle.UnpicklingError and whatever a wrong pickle stumbles over
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{name[1]}, which is code" if name else _first_line(error)
-        raise UserError(
-            f"init_from: {path} holds more than weights ({what}); nothing of it was run; save its state dict alone"
+            f"init_from: {path} is damaged, or no file of weights that can be read without running code; nothing of it "
+            "was run; give a state dict, as .safetensors or from torch.save"
         ) from None
     if part is not None:
         parts = {str(key): value for key, value in values.items() if isinstance(value, Mapping)} \
@@ -87,9 +88,11 @@ def read_weights(path: Path, part: str | None = None) -> dict[str, Tensor]:
     if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"init_from: {path} holds no state dict; give a file of weights")
     weights = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise UserError(f"init_from: {path} has values that are not finite, first in {bad[0]}; give another file")
+    while common := [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in weights)]:
+        weights = {name.removeprefix(common[0]): value for name, value in weights.items()}
     return weights
 
 
@@ -106,13 +109,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     }
     may_be_new = {f"{name}.{part}" for name in sites for part in ("alpha", "shift")} - weights.keys()
     may_be_unused = {f"{name}.{part}" for name in sites for part in ("weight", "bias")} - own.keys()
-    classifier = _classifier(model)
+    classifier = classifier_names(model)
     resized = {name for name in classifier & weights.keys() & own.keys() if weights[name].shape != own[name].shape}
     missing = [name for name in own if name not in weights and name not in may_be_new]
     surplus = [name for name in weights if name not in own and name not in may_be_unused]
-    other = [
-        name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape and name not in resized
-    ]
+    common = own.keys() & weights.keys() - resized
+    other = [name for name in common if _differs(own[name], weights[name])]
     if missing or surplus or other:
         raise UserError(f"init_from: {path} is of another model: {_mismatch(own, weights, missing, surplus, other)}")
     with torch.no_grad():
@@ -121,7 +123,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
             own[name].copy_(weights[name])
     return Loaded(
         copied=len(fitting),
-        new=[name for name in own if name not in fitting],
+        new=sorted((name for name in own if name not in fitting), key=lambda name: name not in classifier),
         unused=[name for name in weights if name in may_be_unused],
     )
 
@@ -131,11 +133,21 @@ def has_alphas(weights: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(".alpha") for name in weights)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Tell by the name, else by the content: eight bytes of length, then JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _differs(one: Tensor, other: Tensor) -> bool:
+    return one.shape != other.shape or one.is_floating_point() != other.is_floating_point()
+
+
 def _is_part(values: Mapping[str, Any], key: str) -> bool:
-    return isinstance(values.get(key), Mapping) and not isinstance(values.get(key), Tensor)
+    return isinstance(values.get(key), Mapping)
 
 
-def _classifier(model: nn.Module) -> set[str]:
+def classifier_names(model: nn.Module) -> set[str]:
     """Return the names of the parameters whose shape follows from the number of classes (timm's pretrained_cfg)."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = (named,) if isinstance(named, str) else named
@@ -152,13 +164,11 @@ def _mismatch(
         parts.append(f"it has {len(surplus)} that the model has not, first {surplus[0]}")
     if other:
         name = min(other)
-        parts.append(f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here")
+        there, here = (f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+                       for value in (weights[name], own[name]))  # fmt: skip
+        parts.append(f"{name} is {there} there and {here} here")
     if has_alphas(weights) and not has_alphas(own):
         hint = "it has point-wise norms: say norm=dyt, or whichever it was trained with"
     else:
         hint = "check model, model.kwargs, norm and data.image_size"
     return f"{'; '.join(parts)}; {hint}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

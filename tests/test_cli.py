@@ -67,7 +67,7 @@ def test_help_lists_every_group_and_key(monkeypatch, capsys):
         (["train", *TINY, "experiment=vit_b_dyt_"], "did you mean 'vit_b_dyt'?"),
         (["train", *TINY, "norm=dyt", "norm.calibrate=true"], "there is no trained norm to fit"),
         (["train", *TINY, "init_from=/nowhere.pth"], "init_from: /nowhere.pth cannot be read"),
-        (["train", *TINY, "init_from=/"], "init_from: / cannot be read"),
+        (["train", *TINY, "init_from=/"], "init_from: / is a directory; give a file of weights"),
         (["eval", "runs", "more"], "takes one directory"),
         (["eval", "-m", "runs"], "takes one directory"),
         (["report", "it's"], "it's: no directory"),

@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "weights",
     },
     "weights": {"checkpoint", "errors", "norm"},
-    "calibrate": {"norm"},
+    "calibrate": {"errors", "norm"},
     "engine": {"config", "records", "optim", "evaluate", "throughput", "checkpoint", "distributed", "errors"},
     "evaluate": {"records", "distributed"},
     "data": {"config", "augment", "sources", "errors"},

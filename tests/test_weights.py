@@ -154,10 +154,18 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path, name):
     [
         (("norm=dyt",), ("norm=ln",), "it has 5 that the model has not, .* say norm=dyt"),
         (("norm=derf",), ("norm=dyt",), "it has 5 that the model has not, first blocks.0.norm1.shift"),
-        (("norm=dyt", "norm.per_channel_alpha=true"), ("norm=dyt",), r"alpha is \(16,\) there and \(1,\) here"),
+        (
+            ("norm=dyt", "norm.per_channel_alpha=true"),
+            ("norm=dyt",),
+            r"alpha is \(16,\) float32 there and \(1,\) float32 here",
+        ),
         (("model.kwargs.depth=3",), (), "is of another model: it has 12 that the model has not"),
         (("model.kwargs.depth=1",), (), "it lacks 12 of 32 tensors, first blocks.1"),
-        (("model.kwargs.embed_dim=32",), (), r"is of another model: .* is \(.*32.*\) there and \(.*16.*\) here"),
+        (
+            ("model.kwargs.embed_dim=32",),
+            (),
+            r"another model: .* is \(.*32.*\) float32 there and \(.*16.*\) float32",
+        ),
         (("model.kwargs.global_pool=token",), (), "it lacks 2 .* first fc_norm.weight; it has 2 .* first norm"),
     ],
 )
@@ -175,7 +183,7 @@ def test_a_directory_is_answered_with_the_file_to_give(tmp_path):
     file.parent.mkdir(parents=True)
     file.touch()
     with pytest.raises(UserError, match=f"is a directory; give a file, such as {file}"):
-        read_weights(tmp_path / "run")
+        tiny(f"init_from={tmp_path}/run").science()
 
 
 def test_a_file_that_its_manifest_disowns_is_damaged(tmp_path):
