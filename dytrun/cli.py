@@ -285,6 +285,8 @@ def _addable(arg: str) -> str:
 
     Validation names those that a norm does not take.
     """
+    if arg.startswith("norm.name="):
+        raise UserError(f"{arg}: an option brings its own settings; say norm={arg.partition('=')[2]}")
     return f"++{arg}" if re.match(r"model\.kwargs[.=]|norm\.\w", arg) else arg
 
 

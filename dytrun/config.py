@@ -69,6 +69,12 @@ class PointWiseConfig(BaseModel):
     calibrate_images: Annotated[int, Field(ge=1, le=8192, strict=True)]
     """They are on the device all at once."""
 
+    @property
+    def fitted_parts(self) -> list[str]:
+        """What calibration chooses; with no bend in the function, alpha and weight are one number."""
+        learns_alpha = self.learn_alpha and self.name != "identity"
+        return ["alpha"] * learns_alpha + ["weight", "bias"] * self.affine
+
 
 class RmsNormConfig(BaseModel):
     """RMSNorm in the place of norms."""
@@ -256,6 +262,8 @@ class RunConfig(BaseModel):
                 "norm.calibrate: there is no trained norm to fit, because the weights are drawn anew; give a trained "
                 "LayerNorm model with init_from=FILE"
             )
+        if isinstance(self.norm, PointWiseConfig) and self.norm.calibrate and not self.norm.fitted_parts:
+            problems.append("norm.calibrate: with alpha held and no weight and bias there is nothing to fit")
         if self.init_part is not None and self.init_from is None:
             problems.append("init_part: a part of which file? say init_from=FILE")
         if problems:
@@ -292,6 +300,8 @@ class RunConfig(BaseModel):
             science["norm"]["rules"] = [list(rule) for rule in science["norm"]["rules"].items()]  # their order counts
             if not science["norm"]["calibrate"]:
                 del science["norm"]["calibrate"], science["norm"]["calibrate_images"]
+            elif isinstance(self.norm, PointWiseConfig) and "alpha" in self.norm.fitted_parts:
+                del science["norm"]["alpha_init"], science["norm"]["rules"]  # the fit decides
         if self.init_from is not None:
             science["init_from"] = file_digest(self.init_from)
             if self.init_part is not None:

@@ -82,8 +82,8 @@ def isru(z: Tensor) -> Tensor:
 
 def expsign(z: Tensor) -> Tensor:
     """sign(z) (1 - exp(-|z|)): ViT-B 82.2 (Derf's paper)."""
-    # Two branches, because the slope of sign(z) g(|z|) at 0 would come out as 0 instead of 1.
-    return torch.where(z >= 0, -torch.expm1(-z.clamp(min=0)), torch.expm1(z.clamp(max=0)))
+    # In two halves, because the slope of sign(z) g(|z|) at 0 would come out as 0 instead of 1.
+    return torch.expm1(torch.where(z < 0, z, 0)) - torch.expm1(-torch.where(z < 0, 0, z))
 
 
 def cubsign(z: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dytrun.model import check_forward, trainable
 from dytrun.sites import Site, norm_sites, norms_left
 from dytrun.sources import load_data
 from dytrun.warmstart import load_start
+from dytrun.weights import has_alphas
 
 _SITE_COLUMNS = ("site", "class", "channels", "layout", "role", "block", "becomes", "alpha_init")
 
@@ -59,7 +60,7 @@ def outline(config: RunConfig) -> Outline:
          f"{drop_path}" + "".join(f", {key}={value}" for key, value in config.model.kwargs.items())),
         ("norm", _norm(config, model, chosen, left)),
         ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_twin(config, plain)}"),
-        *_start(config, model),
+        *_start(config, model, num_train),
         ("data", f"{config.data.name}: {images}"),
         *_recipe(config),
         ("steps", f"{steps.total_steps:,} = {config.epochs} epochs × {steps.steps_per_epoch}"),
@@ -102,7 +103,13 @@ def _norm(config: RunConfig, model: nn.Module, chosen: list[Site], left: list[Si
         alphas = sorted({site.alpha_init for site in chosen if site.alpha_init is not None})
         if alphas:
             text += f", alpha starts at {', '.join(f'{alpha:g}' for alpha in alphas)}"
-        options = {"shift_init": None, "learn_alpha": True, "per_channel_alpha": False, "affine": True}
+        options = {
+            "num_groups": None,
+            "shift_init": None,
+            "learn_alpha": True,
+            "per_channel_alpha": False,
+            "affine": True,
+        }
         text += "".join(f", {key}={getattr(config.norm, key)}" for key, usual in options.items()
                         if getattr(config.norm, key, usual) != usual)  # fmt: skip
     return text + "; left alone: " + (", ".join(f"{count} {kind}" for kind, count in others.items()) or "none")
@@ -147,7 +154,7 @@ def _published(config: RunConfig) -> list[tuple[str, str]]:
     return [("published", text)]
 
 
-def _start(config: RunConfig, model: nn.Module) -> list[tuple[str, str]]:
+def _start(config: RunConfig, model: nn.Module, num_train: int) -> list[tuple[str, str]]:
     """Say what comes out of the file of weights, having tried it on the meta device."""
     start = load_start(config, model)
     if start is None:
@@ -158,8 +165,11 @@ def _start(config: RunConfig, model: nn.Module) -> list[tuple[str, str]]:
             text += f"; {len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
     rows = [("start", text)]
     if isinstance(config.norm, PointWiseConfig) and config.norm.calibrate:
-        rows.append(("calibrate", f"alpha, weight and bias of each site fitted to its trained norm, on "
-                     f"{config.norm.calibrate_images} training images"))  # fmt: skip
+        rows.append(("calibrate", f"{', '.join(config.norm.fitted_parts)} of each site fitted to its trained norm, on "
+                     f"{min(config.norm.calibrate_images, num_train)} training images; norm.alpha_init and norm.rules "
+                     "are then without effect"))  # fmt: skip
+    elif not any(name.endswith(".alpha") for name in start.loaded.new) and has_alphas(start.weights):
+        rows.append(("alpha", "from the file; norm.alpha_init and norm.rules are without effect"))
     return rows
 
 

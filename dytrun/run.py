@@ -101,7 +101,10 @@ def train_here(config: RunConfig, directory: Path) -> None:
         tracker, ended = Tracker(config, directory, state.step, display.note), None
         try:
             last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
-            ended = RunResult(**result, **outcome(state, around, last, message), init=_init_facts(directory))
+            init = _init_facts(directory)
+            if (init and not any(name.endswith(".alpha") for name in init["new"])) or "calibration" in init:
+                result["alpha_init"] = None  # the file or the fit decided
+            ended = RunResult(**result, **outcome(state, around, last, message), init=init)
             if last is not None:
                 _save_correct(directory / "correct.npz", last)
             ended.save(directory / "result.json")

@@ -123,7 +123,9 @@ def calibration(found: Mapping[str, Any]) -> None:
     """Print how near each point-wise layer comes to the norm that it replaces, and what that does to the accuracy."""
     sites = found["sites"].items()
     rows = [(name, *(f"{site[key]:.3f}" for key in ("alpha", "error_before", "error"))) for name, site in sites]
-    top1 = ", ".join(f"{found[f'top1_{state}']:.2f} % {state}" for state in ("trained", "converted", "calibrated"))
+    top1 = "not measured, because the classifier is new"
+    if found["top1_trained"] is not None:
+        top1 = ", ".join(f"{found[f'top1_{state}']:.2f} % {state}" for state in ("trained", "converted", "calibrated"))
     columns = ("site", "alpha", "converted", "calibrated")
     title = "calibration: relative RMS error at each site"
     table(title, columns, rows, [f"top-1 before training: {top1}"])

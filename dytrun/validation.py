@@ -82,6 +82,11 @@ def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
     path = error["path"]
     if re.fullmatch(r".*\b_\w+_", path):
         return  # named already, as an instantiation key
+    if error["type"] == "string_pattern_mismatch" and path.startswith("norm."):
+        where = path.removesuffix(".[key]").removesuffix(f".{error['input']}")
+        yield (f"{where}: {error['input']!r} is no site pattern; say a role, a class name or a glob over the dotted "
+               "name, and @A-B after it for blocks A to B")  # fmt: skip
+        return
     if error["type"] == "extra_forbidden":
         if path in known:
             yield f"{path}: another option of this group has this key, the chosen one has not"

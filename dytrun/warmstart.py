@@ -1,5 +1,6 @@
 """What a run starts from that does not draw its weights: a file, and point-wise layers fitted to its trained norms."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def load_start(config: RunConfig, model: nn.Module) -> Start | None:
         return None
     path = Path(config.init_from)
     weights = read_weights(path, config.init_part)
+    if has_alphas(weights):
+        _check_function(config, path)
     if wants_calibration(config):
         _check_trained(config, weights, path)
     return Start(path, config.init_part, weights, load_weights(model, weights, path))
@@ -93,6 +96,18 @@ def calibrate_start(
 def wants_calibration(config: RunConfig) -> bool:
     """Say whether a run's point-wise layers are fitted to trained norms."""
     return isinstance(config.norm, PointWiseConfig) and config.norm.calibrate
+
+
+def _check_function(config: RunConfig, path: Path) -> None:
+    """Refuse weights that a run of ours has trained with another function: all of the family have the same names."""
+    try:
+        trained = json.loads((path.parents[2] / "config.json").read_text())["norm"]["name"]
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return  # no file of a run; what it was trained with is not written in it
+    if trained != config.norm.name:
+        raise UserError(
+            f"init_from: {path} was trained with norm={trained}, not {config.norm.name}; say norm={trained}"
+        )
 
 
 def _check_trained(config: RunConfig, weights: dict[str, Tensor], path: Path) -> None:

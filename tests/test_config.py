@@ -153,6 +153,31 @@ def test_where_imagenet_lies_is_no_science_but_a_folder_is_known_by_its_path(mon
     assert config_of("data=folder", "data.root=/a").science_id != config_of("data=folder", "data.root=/b").science_id
 
 
+def test_what_has_no_effect_is_no_science():
+    def science_id(*overrides: str) -> str:
+        return config_of("norm=dyt", *overrides).science_id
+
+    for one, other in (
+        (["ema=off", "ema.decay=0.5"], ["ema=off"]),
+        (["augment=none", "augment.mix_prob=0.3"], ["augment=none"]),
+        (["norm.exclude=[final, qk]"], ["norm.exclude=[qk, final]"]),
+        (["norm.calibrate_images=9"], []),
+        (["+model.kwargs.img_size=224"], []),
+        (["+norm.rules={}"], []),
+    ):
+        assert science_id(*one) == science_id(*other), one
+    for one, other in (
+        (["norm.rules={attention: 1, *@0: 2}"], ["norm.rules={attention: 1, final: 2}"]),
+        (["norm.include=[final]"], []),
+        (["norm.learn_alpha=false"], []),
+    ):
+        assert science_id(*one) != science_id(*other), one
+    rules = [{"attention": 1.0, "*@0": 2.0}, {"*@0": 2.0, "attention": 1.0}]
+    config = config_of("norm=dyt")
+    both = [config.model_copy(update={"norm": config.norm.model_copy(update={"rules": one})}) for one in rules]
+    assert both[0].science_id != both[1].science_id, "the last rule that matches counts"
+
+
 def test_a_run_is_named_after_its_science():
     config = tiny("norm=dyt", "seed=4")
     assert config.run_name == f"vit_tiny_patch16_224-dyt-digits-s4-{config.science_id}"

@@ -162,6 +162,9 @@ def test_a_fused_activation_and_drop_out_stay(how):
     assert bool((y == 0).any())
     y.sum().backward()
     assert isinstance(model[0].drop, nn.Dropout)
+    model[0].drop.p = 1.0
+    assert not model.train()[0](x).any(), "everything is dropped"
+    model.eval()
     bare = model[1](torch.randn(2, 4, 3, 3))
     assert bare.min() >= -0.2, "GELU is never lower"
 
@@ -272,6 +275,26 @@ def test_torchs_fused_encoder_layer_does_not_compute_layernorm_behind_our_back()
         assert torch.allclose(model.eval()(x), trained, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", [Conversion("rms"), Conversion("group"), Conversion(exclude=["*.norm1"])])
+def test_nor_where_only_some_of_its_norms_are_converted_or_to_something_else(how):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+    convert_norms(model, how)
+    x = torch.randn(3, 5, 8)
+    trained = model.train()(x)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), trained, atol=1e-6)
+
+
+def test_parameters_of_two_dtypes_keep_theirs_and_a_frozen_norm_gets_a_frozen_alpha():
+    model = nn.Sequential(nn.LayerNorm(4))
+    model[0].bias = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    model.requires_grad_(False)
+    convert_norms(model, DYT)
+    assert (model[0].weight.dtype, model[0].bias.dtype) == (torch.float32, torch.float64)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 # ------------------------------------------------------------------------------------------ choosing sites
 
 
@@ -347,6 +370,11 @@ ROLES = {
     ("swinv2_tiny_window8_256", "depths=(1,1,1,1)"): "oafoafoafoafF",
     ("eva02_tiny_patch14_224", "depth=2"): "afafF",
     ("xcit_nano_12_p16_224", "depth=1"): "affafafF",
+    ("maxvit_tiny_tf_224", "depths=(1,1,1,1)"): "afafafafafafafafF",
+    ("coatnet_0_224", "depths=(1,1,1,1)"): "afafF",
+    ("mixer_s32_224", "drop_rate=0"): 8 * "af" + "F",
+    ("mambaout_femto", "depths=(1,1,1,1)"): "ooooooooooo",
+    ("vit_base_patch16_siglip_224", "depth=1"): "afFF",
 }
 
 
@@ -356,6 +384,34 @@ def test_roles(name, arguments):
     model = timm.create_model(name, num_classes=2, **{key: eval(value)})
     letter = {"attention": "a", "feed_forward": "f", "qk": "q", "other": "o", "final": "F"}
     assert "".join(letter[site.role] for site in norm_sites(model)) == ROLES[name, arguments]
+
+
+# model, arguments: how many blocks its norms are in, and one of them
+BLOCKS = {
+    ("vit_tiny_patch16_224", "depth=3"): (3, "blocks.2.norm1", 2),
+    ("convnext_atto", "depths=(1,2,1,1)"): (5, "stages.1.blocks.1.norm", 2),
+    ("twins_pcpvt_small", "depths=(1,2,1,1)"): (5, "blocks.1.1.norm2", 2),
+    ("mambaout_femto", "depths=(1,1,2,1)"): (5, "stages.2.blocks.1.norm", 3),
+    ("maxvit_tiny_tf_224", "depths=(1,1,1,1)"): (4, "stages.3.blocks.0.attn_grid.norm2", 3),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), BLOCKS)
+def test_blocks_are_counted_over_all_stages(name, arguments):
+    count, site, block = BLOCKS[name, arguments]
+    key, _, value = arguments.partition("=")
+    sites = {one.name: one for one in norm_sites(timm.create_model(name, num_classes=2, **{key: eval(value)}))}
+    assert sites[site].block == block
+    assert {one.block for one in sites.values() if one.block is not None} == set(range(count))
+
+
+def test_places_do_not_depend_on_which_families_are_asked_for():
+    model = timm.create_model("vit_base_patch16_xp_224", depth=2, num_classes=2) if "vit_base_patch16_xp_224" in \
+        timm.list_models() else nn.Sequential(nn.LayerNorm(4), RmsNorm(4))  # fmt: skip
+    both = {site.name: (site.role, site.block) for site in norm_sites(model, ("layernorm", "rmsnorm"))}
+    for family in ("layernorm", "rmsnorm"):
+        for site in norm_sites(model, (family,)):
+            assert both[site.name] == (site.role, site.block)
 
 
 # ------------------------------------------------------------------------------------------ exchange

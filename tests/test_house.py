@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "launch": {"config", "records", "plan", "run", "distributed", "machine", "errors"},
     "plan": {
         "arm", "augment", "config", "convert", "errors", "machine", "model", "optim", "sites", "sources", "warmstart",
+        "weights",
     },
     "run": {
         "arm", "checkpoint", "config", "data", "distributed", "engine", "errors", "evaluate", "machine", "model",

@@ -60,6 +60,27 @@ def test_every_function_has_finite_values_and_gradients_everywhere(name):
     assert bool((y.diff() >= 0).all()), "monotone"
 
 
+# f'(0), from the definitions; exproot's is unbounded next to 0, and 0 is chosen at it.
+SLOPE_AT_0 = {"dyt": 1, "derf": 2 / math.sqrt(math.pi), "identity": 1, "hardtanh": 1, "sigmoid": 0.25, "satursin": 1,
+              "arcsinh_clip": 1, "exproot": 0, "arctan": 2 / math.pi, "smoothsign": 1, "isru": 1, "dyisru": 1,
+              "expsign": 1, "cubsign": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_slope_at_zero(name):
+    z = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    FUNCTIONS[name](z).sum().backward()
+    assert z.grad.item() == pytest.approx(SLOPE_AT_0[name])
+
+
+@pytest.mark.parametrize("layer", [PointWise(8, "dyisru"), RmsNorm(8, -1, 1e-6), GroupNorm(8, 2, -1, 1e-6)])
+def test_a_layer_of_bf16_weights_computes_in_float32(layer):
+    x = torch.randn(3, 5, 8).bfloat16()
+    exact = layer(x.float())
+    assert layer.bfloat16()(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x).float(), exact, rtol=2**-7, atol=2**-7)
+
+
 def test_the_formula_by_hand():
     x = torch.tensor([[0.0, 1.0], [-2.0, 4.0]], dtype=torch.float64)
     alpha, shift = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)

@@ -161,6 +161,23 @@ def test_torchrun_joins(tmp_path):
     assert done.stdout.count("top-1 / top-5") == 1
 
 
+def test_norms_with_statistics_are_arms_too(tmp_path):
+    swept = dytrun("train", "-m", *TINY, "norm=rms,group", "++norm.affine=true", f"runs_dir={tmp_path}/runs",
+                   "model.kwargs.embed_dim=64", env={"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert swept.returncode == 0, swept.stderr
+    results = {
+        path.parent.name.split("-")[1]: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/result.json")
+    }
+    assert {name: result["norm_impl"] for name, result in results.items()} == {
+        "rms": "F.rms_norm, eager", "group": "F.group_norm, eager",
+    }  # fmt: skip
+    assert all(
+        (result["alpha"], result["alpha_init"], result["num_norm_sites"]) == ({}, None, 5)
+        for result in results.values()
+    )
+    assert results["group"]["num_params"] - results["rms"]["num_params"] == 5 * 64
+
+
 def test_divergence_is_a_result(tmp_path):
     args = [*TINY, "norm=ln", "optim.lr=1e30", "optim.warmup_epochs=0", "optim.min_lr=0"]
     done = dytrun("train", *args)

@@ -72,7 +72,7 @@ def test_another_number_of_classes_leaves_the_classifier_as_drawn_and_says_so(tm
     assert torch.equal(model.head.weight, before)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "reference", "timm", "ddp", "compiled"])
+@pytest.mark.parametrize("wrap", ["plain", "reference", "timm", "ddp", "compiled", "both"])
 def test_pickles_of_weights_in_every_usual_wrapping(tmp_path, wrap):
     """The reference's checkpoints hold `model`, `args` (an argparse.Namespace) and more beside it."""
     model, _ = drawn("norm=dyt")
@@ -90,6 +90,7 @@ def test_pickles_of_weights_in_every_usual_wrapping(tmp_path, wrap):
         "timm": {"state_dict": state, "arch": "vit", "metric": 1.0},
         "ddp": {f"module.{name}": value for name, value in state.items()},
         "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
+        "both": {f"_orig_mod.module.{name}": value for name, value in state.items()},
     }[wrap]
     torch.save(values, tmp_path / "file.pth")
     other, _ = build_arm(tiny("norm=dyt"), 10)
@@ -191,6 +192,45 @@ def test_a_file_that_its_manifest_disowns_is_damaged(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({path.name: {"sha256": "0" * 64, "bytes": 1}}))
     with pytest.raises(UserError, match="is damaged"):
         read_weights(path)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"w.safetensors": "v1"}, {"w.safetensors": {"size": 3}}, ["w.safetensors"]])
+def test_a_manifest_of_someone_else_says_nothing(tmp_path, manifest):
+    path, _ = saved(tmp_path)
+    path = path.rename(tmp_path / "w.safetensors")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert read_weights(path)
+
+
+def test_values_that_are_no_weights_are_refused(tmp_path):
+    path, state = saved(tmp_path)
+    state["head.bias"][0] = float("nan")
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"values that are not finite, first in head\.bias"):
+        read_weights(path)
+    save_file({name: (100 * value.nan_to_num()).int() for name, value in state.items()}, path)
+    with pytest.raises(UserError, match=r"int32 there and .* float32 here"):
+        load_weights(build_arm(tiny(), 10)[0], read_weights(path), path)
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    path, _ = saved(tmp_path)
+    assert read_weights(path.rename(tmp_path / "wrong.pth"))
+
+
+def test_weights_of_a_run_with_another_function_are_refused(tmp_path):
+    """All functions have the same names, so only the run's own configuration tells them apart."""
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    save_file(drawn("norm=dyt")[0].state_dict(), folder / "model.safetensors")
+    (tmp_path / "run" / "config.json").write_text(tiny("norm=dyt").model_dump_json())
+    for norm in ("hardtanh", "dyt"):
+        config = tiny(f"norm={norm}", f"init_from={folder}/model.safetensors")
+        if norm == "dyt":
+            assert dict(outline(config).rows)["alpha"].startswith("from the file")
+        else:
+            with pytest.raises(UserError, match="was trained with norm=dyt, not hardtanh"):
+                outline(config)
 
 
 # ------------------------------------------------------------------------------------------ in a run
