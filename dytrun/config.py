@@ -6,23 +6,17 @@ Frozen pydantic models. `RunConfig` also says what a run *is*: its science, and 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from dytrun.digest import file_digest, values_digest
+from dytrun.norm_config import STRICT, Count, NormConfig, PointWiseConfig, Positive
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, strict=True)]
 Pair = tuple[Positive, Positive]
 Rgb = tuple[float, float, float]
 # A slug is safe as a part of a path: the identity of a run is a directory name.
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
-# A role, a class name or a glob over the dotted name, and blocks: attention, LayerNorm2d, blocks.*.norm1@0-5.
-SitePattern = Annotated[str, Field(pattern=r"^[^@\s]+(@\d+(-\d+)?)?$")]
-NormTypes = Annotated[list[Literal["layernorm", "rmsnorm", "simplenorm", "groupnorm1"]], Field(min_length=1)]
 # YAML 1.1 reads a bare `off` as false.
 _unbool = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 
@@ -30,7 +24,7 @@ _unbool = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isi
 class ModelConfig(BaseModel):
     """Which timm model, built how."""
 
-    model_config = _STRICT
+    model_config = STRICT
     name: Slug
     """timm's name of an architecture, without weights."""
     drop_path: Fraction | None
@@ -39,73 +33,10 @@ class ModelConfig(BaseModel):
     """The model's own construction arguments."""
 
 
-class LayerNormConfig(BaseModel):
-    """The model untouched."""
-
-    model_config = _STRICT
-    name: Literal["ln"]
-
-
-class PointWiseConfig(BaseModel):
-    """weight * f(alpha * x [+ shift]) + bias in the place of norms; norm.py has the functions and their sources."""
-
-    model_config = _STRICT
-    name: Literal[
-        "dyt", "derf", "identity", "hardtanh", "sigmoid", "satursin", "arcsinh_clip", "exproot", "arctan", "smoothsign",
-        "isru", "dyisru", "expsign", "cubsign",
-    ]  # fmt: skip
-    alpha_init: Positive
-    rules: dict[SitePattern, Positive]
-    """Site pattern → alpha_init; where several match, the last one counts."""
-    shift_init: float | None
-    learn_alpha: bool
-    per_channel_alpha: bool
-    affine: bool
-    types: NormTypes
-    include: list[SitePattern] | None
-    exclude: list[SitePattern]
-    calibrate: bool
-    """Whether alpha, weight and bias of each site are fitted to the trained norm of `init_from`."""
-    calibrate_images: Annotated[int, Field(ge=1, le=8192, strict=True)]
-    """They are on the device all at once."""
-
-    @property
-    def fitted_parts(self) -> list[str]:
-        """What calibration chooses; with no bend in the function, alpha and weight are one number."""
-        learns_alpha = self.learn_alpha and self.name != "identity"
-        return ["alpha"] * learns_alpha + ["weight", "bias"] * self.affine
-
-
-class RmsNormConfig(BaseModel):
-    """RMSNorm in the place of norms."""
-
-    model_config = _STRICT
-    name: Literal["rms"]
-    affine: bool
-    types: NormTypes
-    include: list[SitePattern] | None
-    exclude: list[SitePattern]
-
-
-class GroupNormConfig(BaseModel):
-    """GroupNorm in the place of norms."""
-
-    model_config = _STRICT
-    name: Literal["group"]
-    num_groups: Count
-    affine: bool
-    types: NormTypes
-    include: list[SitePattern] | None
-    exclude: list[SitePattern]
-
-
-NormConfig = Annotated[LayerNormConfig | PointWiseConfig | RmsNormConfig | GroupNormConfig, Field(discriminator="name")]
-
-
 class DataConfig(BaseModel):
     """Which images, and how they are brought to the model's size."""
 
-    model_config = _STRICT
+    model_config = STRICT
     name: Literal["imagenet", "folder", "imagenette", "cifar10", "cifar100", "fashion_mnist", "digits", "synthetic"]
     root: str | None
     download: bool
@@ -125,7 +56,7 @@ class DataConfig(BaseModel):
 class AugmentConfig(BaseModel):
     """What happens to a training image, and to a batch of them."""
 
-    model_config = _STRICT
+    model_config = STRICT
     scale: Pair | None
     ratio: Pair
     interpolation: Literal["bicubic", "bilinear", "random"]
@@ -149,7 +80,7 @@ class AugmentConfig(BaseModel):
 class OptimConfig(BaseModel):
     """AdamW and its schedule."""
 
-    model_config = _STRICT
+    model_config = STRICT
     lr: Positive
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     eps: Positive
@@ -163,7 +94,7 @@ class OptimConfig(BaseModel):
 class EmaConfig(BaseModel):
     """The moving average of the weights."""
 
-    model_config = _STRICT
+    model_config = STRICT
     enabled: bool
     decay: Annotated[float, Field(gt=0, lt=1)]
 
@@ -171,7 +102,7 @@ class EmaConfig(BaseModel):
 class MachineConfig(BaseModel):
     """Where a run runs; should not change its result beyond rounding."""
 
-    model_config = _STRICT
+    model_config = STRICT
     devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
     max_batch_per_rank: Count | None
@@ -185,7 +116,7 @@ class MachineConfig(BaseModel):
 class TrackingConfig(BaseModel):
     """What Weights & Biases gets, and how often numbers are read from the device."""
 
-    model_config = _STRICT
+    model_config = STRICT
     mode: Annotated[Literal["auto", "online", "offline", "off"], _unbool]
     project: Slug
     entity: Slug | None
@@ -197,7 +128,7 @@ class TrackingConfig(BaseModel):
 class CheckpointConfig(BaseModel):
     """How often a run is saved, and how many of the newest are kept."""
 
-    model_config = _STRICT
+    model_config = STRICT
     every_epochs: Count
     keep: Annotated[int, Field(ge=2)]
 
@@ -205,7 +136,7 @@ class CheckpointConfig(BaseModel):
 class Published(BaseModel):
     """The published result that a page of conf/experiment/ is about."""
 
-    model_config = _STRICT
+    model_config = STRICT
     page: Slug
     """Name of the page: `experiment=PAGE`."""
     source: str
@@ -220,7 +151,7 @@ class Published(BaseModel):
 class RunConfig(BaseModel):
     """One training run, whole."""
 
-    model_config = _STRICT
+    model_config = STRICT
     model: ModelConfig
     norm: NormConfig
     data: DataConfig
@@ -337,7 +268,7 @@ _SCIENCE = {
 class EvalConfig(BaseModel):
     """`dytrun eval DIR`."""
 
-    model_config = _STRICT
+    model_config = STRICT
     dir: str
     checkpoint: Literal["last", "best"]
     data_root: str | None
@@ -349,7 +280,7 @@ class EvalConfig(BaseModel):
 class ReportConfig(BaseModel):
     """`dytrun report [DIR]`."""
 
-    model_config = _STRICT
+    model_config = STRICT
     dir: str
     baseline: Slug
     confidence: Annotated[float, Field(gt=0.5, lt=1)]

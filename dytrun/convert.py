@@ -91,7 +91,7 @@ def convert_norms(model: nn.Module, how: Conversion) -> list[Site]:
         norm = model.get_submodule(site.name)
         like = next(norm.parameters(recurse=False), next(model.parameters(), torch.empty(0)))
         twins[norm] = _twin(norm, site, how, like)
-    for parent, child, module in _places(model):
+    for parent, child, module in _children(model):
         if module in twins:
             setattr(parent, child, twins[module])
     for module in model.modules():
@@ -102,13 +102,14 @@ def convert_norms(model: nn.Module, how: Conversion) -> list[Site]:
 
 
 def _twin(norm: nn.Module, site: Site, how: Conversion, like: torch.Tensor) -> nn.Module:
-    """Return what takes the place of `norm`, with its very weight and bias; what is new goes where `like` is."""
+    """Return what takes the place of `norm`, with its very weight and bias; what is new is as the parameter `like`."""
     eps = getattr(norm, "eps", None)
     twin = _layer(site, how, KINDS[type(norm)].channel_axis, torch.finfo(torch.float32).eps if eps is None else eps)
     twin.to(like.device, like.dtype).train(norm.training)
-    if isinstance(twin, PointWise):
-        # The alpha of a frozen norm is frozen too.
-        twin.alpha.requires_grad_(how.learn_alpha and like.requires_grad)
+    if any(not parameter.requires_grad for parameter in norm.parameters(recurse=False)):
+        twin.requires_grad_(False)  # alpha and shift of a frozen norm are frozen too
+    if isinstance(twin, PointWise) and not how.learn_alpha:
+        twin.alpha.requires_grad_(False)
     twin.replaced = tuple(name for name, _ in norm.named_parameters(recurse=False))
     twin.weight = getattr(norm, "weight", None) if how.affine else None
     if isinstance(twin, PointWise | GroupNorm):
@@ -140,7 +141,7 @@ def _alpha_init(site: Site, how: Conversion) -> float | None:
     return [how.alpha_init, *(value for pattern, value in how.rules.items() if matches(pattern, site))][-1]
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield every (parent, name in the parent, module); a shared module once for each of its places."""
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):

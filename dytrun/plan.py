@@ -59,7 +59,7 @@ def outline(config: RunConfig) -> Outline:
         ("model", f"{config.model.name}: {trainable(model):,} parameters, {config.data.image_size} px, drop-path "
          f"{drop_path}" + "".join(f", {key}={value}" for key, value in config.model.kwargs.items())),
         ("norm", _norm(config, model, chosen, left)),
-        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_twin(config, plain)}"),
+        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_other_arm(config, plain)}"),
         *_start(config, model, num_train),
         ("data", f"{config.data.name}: {images}"),
         *_recipe(config),
@@ -173,7 +173,7 @@ def _start(config: RunConfig, model: nn.Module, num_train: int) -> list[tuple[st
     return rows
 
 
-def _twin(config: RunConfig, plain: nn.Module) -> str:
+def _other_arm(config: RunConfig, plain: nn.Module) -> str:
     """Say what the other arm of the pair is."""
     if config.norm.name != "ln":
         return f"the twin with norm=ln has {trainable(plain):,} parameters"

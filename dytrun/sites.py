@@ -1,8 +1,8 @@
 """Which norms a model has, where they sit, and which of them a pattern means.
 
 A site has a role, read off its neighbours in the module tree: `attention` (or what else mixes tokens) or `feed_forward`
-(the norm of that sub-layer), `qk` (of queries or keys), `final` (after the last block), `other` (stem, …);
-and, inside a block, the number of that block.
+(the norm of that sub-layer), `qk` (of queries or keys), `final` (after the last block), `other` (stem, …); and, inside
+a block, the number of that block.
 """
 
 import re
