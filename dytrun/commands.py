@@ -1,6 +1,7 @@
 """What each command does with a valid configuration, and what a person is shown of it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from dytrun import launch, report, terminal
@@ -25,6 +26,10 @@ def train(config: RunConfig, page: RunConfig | None) -> str:
         config = config.model_copy(update={"published": _compared(config, page)})
     if not config.dry_run and (done := launch.previous(config)) is not None:
         if _is_first():
+            if config.published is not None and done.published is None:
+                # The same science, typed without its page the first time.
+                done = replace(done, published=config.published.model_dump())
+                done.save(config.run_dir / "result.json")
             terminal.line(f"{config.run_dir}: {done.status} already; remove the directory to train it again")
             terminal.result(done)
         return done.status

@@ -1,5 +1,6 @@
 """What a run would do, said before it does it: the whole recipe, and the table of its sites. Touches nothing."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -37,9 +38,12 @@ def outline(config: RunConfig) -> Outline:
     _, world = machine.resolve_devices(config.machine.devices)
     # The model first: it can be wrong without any data at hand.
     model, _ = build_arm(config, config.data.num_classes or 2, device="meta")
-    if config.dry_run and config.data.name == "imagenet" and not config.data.root:
+    root = config.data.root
+    if config.dry_run and config.data.name == "imagenet" and not (root and Path(root).is_dir()):
+        # A plan can be made where the data is not: ImageNet's counts are known.
         num_train, num_classes = config.data.num_train or 0, config.data.num_classes or 0
-        images = f"{num_train:,} training images, {num_classes} classes (data.root is not set: needed to train)"
+        missing = f"data.root={root} is not on this machine" if root else "data.root is not set"
+        images = f"{num_train:,} training images, {num_classes} classes ({missing}: needed to train)"
     else:
         data = load_data(config.data)
         num_train, num_classes = len(data.train.labels), data.num_classes

@@ -198,6 +198,15 @@ def test_an_experiment_prints_its_figure_its_whole_recipe_and_its_sites(monkeypa
     assert rows[-1] == ["fc_norm", "LayerNorm", "768", "channels last", "final", "", "dyt", "0.5"]
 
 
+def test_imagenet_is_planned_where_it_is_not_but_said_to_be_missing(monkeypatch, capsys):
+    args = ["train", "experiment=vit_b_dyt", "data.root=/nowhere"]
+    code, out, err = run(monkeypatch, capsys, *args, "dry_run=true")
+    assert (code, err) == (0, [])
+    assert "1000 classes (data.root=/nowhere is not on this machine: needed to train)" in out
+    code, _, err = run(monkeypatch, capsys, *args)
+    assert (code, len(err)) == (2, 1)
+
+
 def test_what_a_run_changes_of_its_page_is_said(monkeypatch, capsys):
     args = ["train", "experiment=vit_b_dyt", "dry_run=true"]
     _, out, _ = run(monkeypatch, capsys, *args, "seed=3", "data.root=null", "machine.compile=blocks")

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny
+from conftest import TINY, tiny
 
 from dytrun import report
+from dytrun.cli import main
 from dytrun.errors import UserError
 from dytrun.records import RunResult
 from dytrun.run import identity
@@ -208,6 +209,17 @@ def test_what_is_published_stands_beside_what_was_measured(tmp_path):
     found = report.build(tmp_path, "ln", 0.95)
     assert found.table()[1][1][place] == "82.5, 82.5*"
     assert any("another recipe: optim.lr 0.001, there 0.004" in remark for remark in found.remarks())
+
+
+def test_a_finished_run_that_is_typed_again_by_its_page_gets_its_figure(tmp_path, monkeypatch, capsys):
+    put(tmp_path, "norm=dyt", best_top1=90.0, best_epoch=1, images_per_s=None)
+    page = "published={page: vit_b_dyt, source: x, top1: null, note: null, differs: []}"
+    monkeypatch.setattr("sys.argv", ["dytrun", "train", *TINY, "norm=dyt", f"runs_dir={tmp_path}", page])
+    assert main() == 0
+    assert "finished already" in capsys.readouterr().out
+    result = RunResult.load(next(tmp_path.glob("*/result.json")))
+    assert (result.published["page"], result.published["top1"]) == ("vit_b_dyt", 82.5)
+    assert any(text.startswith("epochs 1, there 300") for text in result.published["differs"])
 
 
 def test_a_sweep_over_alpha_is_drawn_with_its_diverged_arms(tmp_path):
