@@ -7,12 +7,13 @@ missing, and a fused activation stays where it was.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from dytrun.errors import UserError
-from dytrun.norm import GroupNorm, PointWise, RmsNorm
+from dytrun.norm import FUNCTIONS, GroupNorm, PointWise, RmsNorm
 from dytrun.sites import KINDS, Site, chosen_by, matches, norm_sites, norms_left
 
 
@@ -44,6 +45,8 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
     Raises:
         UserError: there are none, a pattern matches none, one has no twin, or channels that groups cannot share.
     """
+    if how.name not in (*FUNCTIONS, "rms", "group"):
+        raise UserError(f"norm: there is no '{how.name}'; there are {', '.join(FUNCTIONS)}, rms and group")
     sites = norm_sites(model, how.types)
     if not sites:
         left = ", ".join(f"{count} {kind}" for kind, count in norms_left(model).items())
@@ -76,21 +79,23 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
     )
 
 
-def convert_norms(model: nn.Module, how: Conversion) -> list[Site]:
-    """Replace the chosen norms of `model`, in place, and say which.
+def convert_norms(model: nn.Module, norm: Conversion | str = "dyt", **options: Any) -> list[Site]:
+    """Replace the chosen norms of `model`, in place, and say which: `convert_norms(model, "derf", alpha_init=0.3)`.
 
+    `options` are fields of Conversion.
     Device, dtype, training flag and requires_grad stay as they were; hooks on a norm go with it. Run it before the
     optimizer, EMA and DDP.
 
     Raises:
         UserError: as `chosen_sites`; the model is then as it was.
     """
+    how = replace(norm, **options) if isinstance(norm, Conversion) else Conversion(norm, **options)
     sites, _ = chosen_sites(model, how)
     twins: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        norm = model.get_submodule(site.name)
-        like = next(norm.parameters(recurse=False), next(model.parameters(), torch.empty(0)))
-        twins[norm] = _twin(norm, site, how, like)
+        old = model.get_submodule(site.name)
+        like = next(old.parameters(recurse=False), next(model.parameters(), torch.empty(0)))
+        twins[old] = _twin(old, site, how, like)
     for parent, child, module in _children(model):
         if module in twins:
             setattr(parent, child, twins[module])

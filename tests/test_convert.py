@@ -179,6 +179,16 @@ def test_the_same_values_as_the_plain_formula_before_the_fused_activation():
     assert torch.allclose(model(x), torch.relu(weight * torch.tanh(0.5 * x)))
 
 
+def test_the_converter_as_a_library():
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    sites = convert_norms(model, "derf", alpha_init=0.3, shift_init=0.0, exclude=["1"])
+    assert [(site.name, site.alpha_init) for site in sites] == [("0", 0.3)]
+    assert model[0].function == "derf"
+    assert [site.name for site in convert_norms(model)] == ["1"]
+    with pytest.raises(UserError, match="there is no 'tanh'; there are dyt, derf"):
+        convert_norms(nn.Sequential(nn.LayerNorm(4)), "tanh")
+
+
 def test_a_shared_norm_stays_shared():
     model = nn.Module()
     model.a = model.b = nn.LayerNorm(4)
