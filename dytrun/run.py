@@ -83,7 +83,8 @@ def train_here(config: RunConfig, directory: Path) -> None:
             sites=[site.name for site in sites if site.alpha_init is not None],
         )
         if saved is None:
-            _warm_start(config, model, data, around, directory)
+            with around.clock.pause():
+                _warm_start(config, model, data, around, directory)
         state = build_state(model, config, place.device)
         if saved is not None:
             restore(state, saved)
@@ -245,6 +246,8 @@ def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroun
         found["calibration"] = calibrate_start(config, start, model, data, around.place, accuracy)
         if around.place.is_first:
             terminal.calibration(found["calibration"])
+    if around.place.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(around.place.device)  # the peak of a run is that of its training
     if around.place.is_first:
         write_json(directory / "init.json", found)
 
