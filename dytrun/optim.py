@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import torch
@@ -93,7 +94,8 @@ def param_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay
+            is_named = any(fnmatchcase(name, pattern) for pattern in no_decay)  # XCiT names a glob
+            is_plain = parameter.ndim <= 1 or name.endswith(".bias") or is_named
             groups.setdefault((layers.get(name, last), is_plain), []).append(parameter)
     return [
         {
@@ -111,7 +113,7 @@ def _layers(model: nn.Module) -> dict[str, int]:
         return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore[reportCallIssue]
     # timm then counts parameters: those of the norms as they were, so that all arms have the same layers.
     names: list[str] = []
-    sites: dict[str, int] = {}
+    sites: dict[str, int] = {}  # module → place in `names` of its first parameter, or of the one before it
     for name, module in model.named_modules():
         is_converted = isinstance(module, PointWise | RmsNorm | GroupNorm)
         own = module.replaced if is_converted else [part for part, _ in module.named_parameters(recurse=False)]
@@ -135,4 +137,4 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its share of the learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group["lr_scale"]

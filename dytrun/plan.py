@@ -14,7 +14,6 @@ from dytrun.model import check_forward, trainable
 from dytrun.sites import Site, norm_sites, norms_left
 from dytrun.sources import load_data
 from dytrun.warmstart import load_start
-from dytrun.weights import has_alphas
 
 _SITE_COLUMNS = ("site", "class", "channels", "layout", "role", "block", "becomes", "alpha_init")
 
@@ -170,10 +169,9 @@ def _start(config: RunConfig, model: nn.Module, num_train: int) -> list[tuple[st
     rows = [("start", text)]
     if isinstance(config.norm, PointWiseConfig) and config.norm.calibrate:
         rows.append(("calibrate", f"{', '.join(config.norm.fitted_parts)} of each site fitted to its trained norm, on "
-                     f"{min(config.norm.calibrate_images, num_train)} training images; norm.alpha_init and norm.rules "
-                     "are then without effect"))  # fmt: skip
-    elif not any(name.endswith(".alpha") for name in start.loaded.new) and has_alphas(start.weights):
-        rows.append(("alpha", "from the file; norm.alpha_init and norm.rules are without effect"))
+                     f"{min(config.norm.calibrate_images, num_train)} training images"))  # fmt: skip
+    if start.alpha_from is not None:
+        rows.append(("alpha", f"from the {start.alpha_from}; norm.alpha_init and norm.rules are without effect"))
     return rows
 
 

@@ -96,7 +96,7 @@ def _row(pair: Pair, arm: Arm) -> list[str]:
 
 
 def _expected(arm: Arm) -> str:
-    """Return the published figures of an arm, starred where its recipe is another one."""
+    """Return the published figures of an arm, starred where a footnote limits them."""
     figures = [("–" if page["top1"] is None else f"{page['top1']:g}") + ("*" if page["differs"] or page["note"] else "")
                for page in arm.published]  # fmt: skip
     return ", ".join(dict.fromkeys(figures))
@@ -106,11 +106,9 @@ def _footnotes(arms: Sequence[Arm]) -> list[str]:
     """Say where published figures come from, and what keeps them from being those of the runs."""
     lines = []
     for expected in (item for arm in arms for item in arm.published):
-        text = f"Published: {expected['page']} ({expected['source']})" + (
-            f": {expected['note']}" if expected["note"] else ""
-        )
-        if expected["differs"]:
-            text += f". * The runs have another recipe: {'; '.join(expected['differs'])}"
+        text = f"Published: {expected['page']} ({expected['source']})"
+        text += f". * {expected['note']}" if expected["note"] else ""
+        text += f". * The runs have another recipe: {'; '.join(expected['differs'])}" if expected["differs"] else ""
         lines.append(text)
     return list(dict.fromkeys(lines))
 

@@ -103,8 +103,8 @@ def train_here(config: RunConfig, directory: Path) -> None:
         try:
             last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
             init = _init_facts(directory)
-            if (init and not any(name.endswith(".alpha") for name in init["new"])) or "calibration" in init:
-                result["alpha_init"] = None  # the file or the fit decided
+            if init.get("alpha_from") is not None:
+                result["alpha_init"] = None
             ended = RunResult(**result, **outcome(state, around, last, message), init=init)
             if last is not None:
                 _save_correct(directory / "correct.npz", last)

@@ -55,7 +55,9 @@ def command_help(verb: str, config_dir: str | None) -> str:
         for folder in folders:
             for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
                 lines.append(f"  {group.name}=")
-                lines += [f"    {path.stem:<20} {_summary(path)}" for path in sorted(group.glob("[!_]*.yaml"))]
+                options = sorted(group.glob("[!_]*.yaml"))
+                width = max((len(path.stem) for path in options), default=0)
+                lines += [f"    {path.stem:<{width}}  {_summary(path)}" for path in options]
                 if group.name != "experiment":
                     lines.append(f"    keys: {' '.join(_keys(group))}")
     lines += ["", "Keys (key=value, section.key=value):"]

@@ -19,7 +19,7 @@ from dytrun.errors import UserError
 from dytrun.records import Accuracy
 from dytrun.sites import norm_sites
 from dytrun.sources import Data, Split
-from dytrun.weights import Loaded, classifier_names, has_alphas, load_weights, read_weights
+from dytrun.weights import Loaded, brings_alphas, classifier_names, load_weights, read_weights
 
 # Images of a batch: no matter of the machine, because rows are drawn from each.
 _CALIBRATION_BATCH = 64
@@ -35,10 +35,13 @@ class Start:
     part: str | None
     weights: dict[str, Tensor]
     loaded: Loaded
+    alpha_from: str | None
+    """`file` or `fit` where norm.alpha_init and norm.rules have no effect."""
 
     def facts(self) -> dict[str, Any]:
         """Return what init.json holds."""
-        return {"file": str(self.path), "part": self.part, "digest": file_digest(str(self.path)), **asdict(self.loaded)}
+        where = {"file": str(self.path), "part": self.part, "digest": file_digest(str(self.path))}
+        return where | asdict(self.loaded) | {"alpha_from": self.alpha_from}
 
 
 def load_start(config: RunConfig, model: nn.Module) -> Start | None:
@@ -53,11 +56,15 @@ def load_start(config: RunConfig, model: nn.Module) -> Start | None:
         return None
     path = Path(config.init_from)
     weights = read_weights(path, config.init_part)
-    if has_alphas(weights):
+    is_converted = brings_alphas(model, weights)
+    if is_converted:
         _check_function(config, path)
     if wants_calibration(config):
-        _check_trained(config, weights, path)
-    return Start(path, config.init_part, weights, load_weights(model, weights, path))
+        _check_trained(config, weights, path, is_converted)
+    alpha_from = "file" if is_converted else None
+    if isinstance(config.norm, PointWiseConfig) and config.norm.calibrate and "alpha" in config.norm.fitted_parts:
+        alpha_from = "fit"
+    return Start(path, config.init_part, weights, load_weights(model, weights, path), alpha_from)
 
 
 def calibrate_start(
@@ -110,9 +117,9 @@ def _check_function(config: RunConfig, path: Path) -> None:
         )
 
 
-def _check_trained(config: RunConfig, weights: dict[str, Tensor], path: Path) -> None:
+def _check_trained(config: RunConfig, weights: dict[str, Tensor], path: Path, is_converted: bool) -> None:
     assert isinstance(config.norm, PointWiseConfig)
-    if has_alphas(weights):
+    if is_converted:
         raise UserError(f"norm.calibrate: {path} is of a converted model; give one that was trained with its own norms")
     plain = build_plain(config, config.data.num_classes or 2)
     drawn = plain.state_dict()

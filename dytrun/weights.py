@@ -58,33 +58,7 @@ def read_weights(path: Path, part: str | None = None) -> dict[str, Tensor]:
     """
     if not matches_manifest(path):
         raise UserError(f"init_from: {path} is damaged (it does not match the manifest beside it); give another file")
-    try:
-        if _is_safetensors(path):
-            values: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals(_RECORDS), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickles that torch did not write
-                values = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"init_from: {path} cannot be read ({first_line(error)}); give another file") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        if (name := re.search(r"GLOBAL ([\w.]+)", str(error))) is not None:
-            raise UserError(
-                f"init_from: {path} holds more than weights ({name[1]}, which is code); nothing of it was run; save "
-                "its state dict alone"
-            ) from None
-        raise UserError(
-            f"init_from: {path} is damaged, or no file of weights that can be read without running code; nothing of it "
-            "was run; give a state dict, as .safetensors or from torch.save"
-        ) from None
-    if part is not None:
-        parts = {str(key): value for key, value in values.items() if isinstance(value, Mapping)} \
-            if isinstance(values, Mapping) else {}  # fmt: skip
-        if part not in parts:
-            raise UserError(f"init_part: {path} has no part '{part}'; it has {', '.join(parts) or 'none'}")
-        values = parts[part]
-    while isinstance(values, Mapping) and (inner := next((key for key in _PARTS if _is_part(values, key)), None)):
-        values = values[inner]
+    values = _state_dict(_load(path), part, path)
     if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"init_from: {path} holds no state dict; give a file of weights")
     weights = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
@@ -104,9 +78,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
             a converted norm or another number of classes makes.
     """
     own = model.state_dict()
-    sites = {
-        name: module for name, module in model.named_modules() if isinstance(module, PointWise | RmsNorm | GroupNorm)
-    }
+    sites = [name for name, module in model.named_modules() if isinstance(module, PointWise | RmsNorm | GroupNorm)]
     may_be_new = {f"{name}.{part}" for name in sites for part in ("alpha", "shift")} - weights.keys()
     may_be_unused = {f"{name}.{part}" for name in sites for part in ("weight", "bias")} - own.keys()
     classifier = classifier_names(model)
@@ -128,9 +100,53 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     )
 
 
-def has_alphas(weights: Mapping[str, Tensor]) -> bool:
-    """Say whether a state dict is of a converted model."""
-    return any(name.endswith(".alpha") for name in weights)
+def brings_alphas(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Say whether a state dict has an alpha for any point-wise layer of `model`.
+
+    By site, because a model can have an alpha of its own (timm's EfficientViM).
+    """
+    return any(f"{name}.alpha" in weights for name, module in model.named_modules() if isinstance(module, PointWise))
+
+
+def classifier_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters whose shape follows from the number of classes (timm's pretrained_cfg)."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = (named,) if isinstance(named, str) else named
+    return {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
+
+
+def _load(path: Path) -> Any:
+    """Read what a file holds, weights or a mapping around them, running nothing."""
+    try:
+        if _is_safetensors(path):
+            return load_file(path)
+        with torch.serialization.safe_globals(_RECORDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"init_from: {path} cannot be read ({first_line(error)}); give another file") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        if (name := re.search(r"GLOBAL ([\w.]+)", str(error))) is not None:
+            raise UserError(
+                f"init_from: {path} holds more than weights ({name[1]}, which is code); nothing of it was run; save "
+                "its state dict alone"
+            ) from None
+        raise UserError(
+            f"init_from: {path} is damaged, or no file of weights that can be read without running code; nothing of it "
+            "was run; give a state dict, as .safetensors or from torch.save"
+        ) from None
+
+
+def _state_dict(values: Any, part: str | None, path: Path) -> Any:
+    """Return the named part of what a file holds; without a name, the raw weights wherever scripts put them."""
+    items = values.items() if isinstance(values, Mapping) else ()
+    parts = {str(key): value for key, value in items if isinstance(value, Mapping)}
+    if part is None:
+        part = next((name for name in _PARTS if name in parts), None)
+        return values if part is None else _state_dict(parts[part], None, path)
+    if part not in parts:
+        raise UserError(f"init_part: {path} has no part '{part}'; it has {', '.join(parts) or 'none'}")
+    return _state_dict(parts[part], None, path)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -141,17 +157,6 @@ def _is_safetensors(path: Path) -> bool:
 
 def _differs(one: Tensor, other: Tensor) -> bool:
     return one.shape != other.shape or one.is_floating_point() != other.is_floating_point()
-
-
-def _is_part(values: Mapping[str, Any], key: str) -> bool:
-    return isinstance(values.get(key), Mapping)
-
-
-def classifier_names(model: nn.Module) -> set[str]:
-    """Return the names of the parameters whose shape follows from the number of classes (timm's pretrained_cfg)."""
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    heads = (named,) if isinstance(named, str) else named
-    return {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
 
 
 def _mismatch(
@@ -167,7 +172,7 @@ def _mismatch(
         there, here = (f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
                        for value in (weights[name], own[name]))  # fmt: skip
         parts.append(f"{name} is {there} there and {here} here")
-    if has_alphas(weights) and not has_alphas(own):
+    if any(name.endswith(".alpha") for name in surplus):
         hint = "it has point-wise norms: say norm=dyt, or whichever it was trained with"
     else:
         hint = "check model, model.kwargs, norm and data.image_size"

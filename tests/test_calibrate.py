@@ -260,6 +260,8 @@ def test_what_calibration_decides_is_no_science_of_the_start(trained):
     assert tiny(*args).science_id != tiny(args[0], args[2]).science_id
     held = (*args, "norm.learn_alpha=false")
     assert tiny(*held, "norm.alpha_init=0.3").science_id != tiny(*held).science_id
+    assert dict(outline(tiny(*args)).rows)["alpha"].startswith("from the fit")
+    assert "alpha" not in dict(outline(tiny(*held)).rows)
     with pytest.raises(UserError, match="nothing to fit"):
         tiny(*held, "norm.affine=false")
 

@@ -29,8 +29,7 @@ MAY_IMPORT = {
     "records": set(),
     "launch": {"config", "records", "plan", "run", "distributed", "machine", "errors"},
     "plan": {
-        "arm", "augment", "config", "convert", "errors", "machine", "model", "optim", "sites", "sources", "warmstart",
-        "weights",
+        "arm", "augment", "config", "convert", "machine", "model", "optim", "sites", "sources", "warmstart",
     },
     "run": {
         "arm", "checkpoint", "config", "data", "distributed", "engine", "errors", "evaluate", "machine", "model",
@@ -43,7 +42,7 @@ MAY_IMPORT = {
     },
     "weights": {"checkpoint", "errors", "norm"},
     "calibrate": {"errors", "norm"},
-    "engine": {"config", "records", "optim", "evaluate", "throughput", "checkpoint", "distributed", "errors"},
+    "engine": {"config", "records", "optim", "evaluate", "throughput", "checkpoint", "distributed"},
     "evaluate": {"records", "distributed"},
     "data": {"config", "augment", "sources", "errors"},
     "sources": {"config", "errors"},

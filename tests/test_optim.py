@@ -61,6 +61,13 @@ def test_no_part_of_a_norm_is_ever_decayed():
     assert id(model.pos_embed) in plain
 
 
+def test_what_a_model_names_by_a_glob_is_not_decayed_either():
+    config = config_of("model=timm", "model.name=xcit_nano_12_p16_224")
+    model, _ = build_arm(config, 10, device="meta")
+    (decayed,) = (group["params"] for group in param_groups(model, config.optim) if group["weight_decay"])
+    assert not {id(p) for p in model.pos_embed.parameters()} & {id(p) for p in decayed}
+
+
 def test_layer_decay_gives_alpha_the_layer_of_its_site():
     config = tiny("norm=dyt", "optim.layer_decay=0.5")
     model, _ = build_arm(config, 10)

@@ -11,13 +11,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import config_of, tiny
+from conftest import config_of
 from test_engine import PLACE, Bench
 from torch import Tensor, nn
 
 from dytrun.arm import build_arm
 from dytrun.optim import lr_at, param_groups, plan_steps
-from dytrun.sources import load_data
 
 # ------------------------------------------------------------------------------------------ the oracle
 
@@ -164,7 +163,3 @@ def test_layer_decay_puts_alpha_where_its_site_is_in_every_family():
         for site in sites:
             for part in ("alpha", "shift"):
                 assert scale["derf"][f"{site.name}.{part}"] == scale["derf"][f"{site.name}.weight"], (name, site.name)
-
-
-def test_data_of_both_arms_is_the_same():
-    assert load_data(tiny("norm=ln").data).fingerprint == load_data(tiny("norm=dyt").data).fingerprint

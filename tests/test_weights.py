@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, dytrun, tiny
+from conftest import TINY, config_of, dytrun, tiny
 from safetensors.torch import save_file
 
 from dytrun.arm import build_arm
 from dytrun.errors import UserError
 from dytrun.plan import outline
-from dytrun.weights import load_weights, read_weights
+from dytrun.weights import brings_alphas, load_weights, read_weights
 
 
 def drawn(*overrides: str, classes: int = 10):
@@ -231,6 +231,18 @@ def test_weights_of_a_run_with_another_function_are_refused(tmp_path):
         else:
             with pytest.raises(UserError, match="was trained with norm=dyt, not hardtanh"):
                 outline(config)
+
+
+def test_an_alpha_of_the_models_own_is_no_alpha_of_a_site():
+    """timm's EfficientViM has parameters of that name in its plain form."""
+    overrides = ("model=timm", "model.name=efficientvim_m1", "data=cifar10", "data.image_size=64")
+    plain, _ = build_arm(config_of(*overrides), 10)
+    converted, sites = build_arm(config_of(*overrides, "norm=dyt"), 10)
+    assert "stages.0.blocks.0.alpha" in plain.state_dict()
+    assert not brings_alphas(converted, plain.state_dict())
+    assert brings_alphas(converted, converted.state_dict())
+    loaded = load_weights(converted, plain.state_dict(), Path("plain"))
+    assert loaded.new == [f"{site.name}.alpha" for site in sites]
 
 
 # ------------------------------------------------------------------------------------------ in a run
