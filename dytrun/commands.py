@@ -1,48 +1,53 @@
 """What each command does with a valid configuration, and what a person is shown of it."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from dytrun import launch, report, terminal
 from dytrun.config import EvalConfig, Published, RunConfig
-from dytrun.records import difference
+from dytrun.records import RunResult, difference
+from dytrun.task import Ending
 
 # What a sweep's closing table is made with; `dytrun report` takes others.
 _BASELINE, _CONFIDENCE = "ln", 0.95
 
 
-def train(config: RunConfig, page: RunConfig | None) -> str:
-    """Plan a run, train it or say that there is nothing left to do, and return its status.
+def train(config: RunConfig, page: RunConfig | None) -> tuple[Ending, float | None]:
+    """Plan a run, train it or say that there is nothing left to do; return how it ended and its top-1 in percent.
 
     `page` is what the run's experiment says by itself, if it is about a published result: how far the run is from
     that recipe is written down beside the expected figure.
 
     Raises:
         UserError: an input was wrong.
-        launch.Failed, launch.Stopped: as `launch.train`.
+        ranks.Failed, ranks.Stopped: as `launch.train`.
     """
     if config.published is not None and page is not None:
         config = config.model_copy(update={"published": _compared(config, page)})
-    if not config.dry_run and (done := launch.previous(config)) is not None:
-        if _is_first():
-            if config.published is not None and done.published is None:
-                # The same science, typed without its page the first time.
-                done = replace(done, published=config.published.model_dump())
-                done.save(config.run_dir / "result.json")
-            terminal.line(f"{config.run_dir}: {done.status} already; remove the directory to train it again")
-            terminal.result(done)
-        return done.status
-    outline = launch.plan(config)
-    if _is_first():
-        terminal.pairs("plan (nothing was touched)" if config.dry_run else "plan", outline.rows)
     if config.dry_run:
-        terminal.table("sites", outline.site_columns, outline.sites, [])
-        return "planned"
-    result = launch.train(config)
-    if _is_first():
+        if launch.is_first():
+            outline = launch.plan(config)
+            terminal.pairs("plan (nothing was touched)", outline.rows)
+            terminal.table("sites", outline.site_columns, outline.sites, [])
+        return "planned", None
+    result = launch.train(config, _begin)
+    if launch.is_first():
         terminal.result(result)
-    return result.status
+    return ("diverged" if result.status == "diverged" else "finished"), result.top1
+
+
+def _begin(config: RunConfig) -> RunResult | None:
+    """Return the result of a run that has nothing left to do, or show the plan of one that has."""
+    done = launch.previous(config)
+    if done is None:
+        terminal.pairs("plan", launch.plan(config).rows)
+    else:
+        if config.published is not None and done.published is None:
+            # The same science, typed without its page the first time.
+            done = replace(done, published=config.published.model_dump())
+            done.save(config.run_dir / "result.json")
+        terminal.line(f"{config.run_dir}: {done.status} already; remove the directory to train it again")
+    return done
 
 
 def _compared(config: RunConfig, page: RunConfig) -> Published | None:
@@ -75,7 +80,3 @@ def show_report(directory: Path, baseline: str, confidence: float) -> None:
     columns, rows = found.table()
     terminal.table(f"runs in {directory}", columns, rows, [*found.verdicts(), *found.remarks()])
     terminal.line(f"{directory}/report.html and report.json written")
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"

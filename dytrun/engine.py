@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dytrun import optim
 from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import RunConfig
-from dytrun.distributed import Place, all_sum, average_buffers
+from dytrun.distributed import Place, all_sum, average_buffers, same_weights
 from dytrun.evaluate import evaluate
 from dytrun.records import Accuracy, EvalRecord, Record, Speed, TrainRecord
 from dytrun.throughput import Clock
@@ -62,6 +62,8 @@ class State:
     step: int = 0
     best: Best = field(default_factory=Best)
     train_seconds: float = 0.0
+    weights_sha256: dict[str, str] = field(default_factory=dict)
+    """Of the raw weights at the start and at the last epoch's end, the same on all ranks."""
     speed: dict[str, float | None] = field(default_factory=dict)
     """Figures up to the last checkpoint, for a run that is taken up with nothing left to train."""
 
@@ -102,9 +104,12 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
 
     Raises:
         Diverged: on every rank alike.
+        RuntimeError: the ranks' weights are not the same, at the start or after an epoch.
     """
     net = distribute(state.model, around.place)
     plan, every = around.plan, config.tracking.log_every_steps
+    now = same_weights(state.model, f"before step {state.step}")
+    state.weights_sha256 = state.weights_sha256 or {"start": now, "end": now}
     window = _Window(around.place.device)
     net.train()
     while state.step < plan.total_steps:
@@ -119,6 +124,7 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
         if ends_epoch:
             with around.clock.pause():
                 record = evaluate_state(config, state, around)
+                state.weights_sha256["end"] = same_weights(state.model, f"after step {state.step}")
                 is_best = record.raw.top1 > state.best.top1
                 if is_best:
                     state.best = Best(record.raw.top1, state.step // plan.steps_per_epoch)
@@ -188,6 +194,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.best = Best(**checkpoint.state["best"])
     state.train_seconds = checkpoint.state["train_seconds"]
     state.speed = checkpoint.state["speed"]
+    state.weights_sha256 = checkpoint.state["weights_sha256"]
 
 
 class _Window:
@@ -300,6 +307,7 @@ def _save(config: RunConfig, state: State, around: Surroundings, is_best: bool) 
             "scaler": state.scaler.state_dict(),
             "train_seconds": state.train_seconds + around.clock.train_seconds,
             "speed": speed_so_far(state, around.clock),
+            "weights_sha256": state.weights_sha256,
         },
         is_best,
     )

@@ -8,40 +8,58 @@ torch is imported only where it is needed, so that a finished run is recognised 
 
 import contextlib
 import fcntl
-import json
-import logging
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import select
-import signal
 import socket
-import sys
-import tempfile
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from setproctitle import setproctitle
+
+from dytrun import ranks
 from dytrun.config import EvalConfig, RunConfig
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.records import RunResult, write_json
 
 if TYPE_CHECKING:
     from dytrun.plan import Outline
 
-# What stands in the traceback of a rank that fails because another has.
-_LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
+
+def is_joined() -> bool:
+    """Whether another launcher (torchrun, SLURM) has started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-class Failed(Exception):
-    """A rank died or raised. The message names the first one to fail, and holds its traceback."""
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes: the first rank, or no rank at all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-class Stopped(Exception):
-    """A person or the system asked for an end."""
+def join(folder: Path) -> None:
+    """Take the place that submitit's job gives this process: a task is a rank. Nothing to do outside such a job.
+
+    Args:
+        folder: one that all ranks see; the ranks of a job find each other by a file there.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or is_joined():
+        return
+    import submitit
+
+    job = submitit.JobEnvironment()
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    os.environ |= {
+        "RANK": str(job.global_rank),
+        "WORLD_SIZE": str(job.num_tasks),
+        "LOCAL_RANK": str(job.local_rank),
+        "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
+        "DYTRUN_RENDEZVOUS": str(folder / f"rendezvous-{job.job_id}-{start}"),
+    }
+    setproctitle(f"dytrun: rank {job.global_rank} of {job.num_tasks}, SLURM job {job.job_id}")
+
+
+def will_restart() -> bool:
+    """Whether whoever started this process would start it again if it failed (hydra/launcher=slurm)."""
+    return int(os.environ.get("DYTRUN_RESTARTS_LEFT", "0")) > 0
 
 
 def previous(config: RunConfig) -> RunResult | None:
@@ -60,39 +78,76 @@ def plan(config: RunConfig) -> "Outline":
         UserError: whatever would stop the run before its first step.
     """
     if not config.dry_run:
-        warm_up()
+        ranks.warm_up()
     from dytrun.plan import outline
 
     return outline(config)
 
 
-def train(config: RunConfig) -> RunResult:
+def train(config: RunConfig, begin: Callable[[RunConfig], RunResult | None]) -> RunResult:
     """Train a run to its end, or on from its last checkpoint.
+
+    Args:
+        config: the run.
+        begin: called once, before anything is written; what it returns other than None is the result.
 
     Raises:
         UserError: an input turned out wrong, on any rank.
-        Failed: a rank died or raised; a result that says so is left in the run's directory.
-        Stopped: by a signal.
+        ranks.Failed: a rank died or raised; a result that says so is left in the run's directory.
+        ranks.Stopped: by a signal.
     """
-    from dytrun import distributed, machine, run
+    if is_joined():
+        return _train_joined(config, begin)
+    done = begin(config)
+    if done is not None:
+        return done
+    from dytrun import machine, run
 
-    if distributed.joined():
-        # Every rank has composed the same configuration from the same command line.
-        with _owned(config) if distributed.first_here() else contextlib.nullcontext():
-            run.train_here(config, config.run_dir)
-        return RunResult.load(config.run_dir / "result.json")
     _, world = machine.resolve_devices(config.machine.devices)
-    with _owned(config):
-        try:
-            _start(run.train_rank, (str(config.run_dir.resolve()),), world)
-        except (Failed, Stopped) as error:
-            # The rank may have been done, and only the upload to W&B cut short.
-            if previous(config) is None:
-                status = "failed" if isinstance(error, Failed) else "interrupted"
-                result = RunResult(status=status, message=str(error).splitlines()[0], **run.identity(config))
-                result.save(config.run_dir / "result.json")
-            raise
+    with _owned(config), _failure_noted(config):
+        ranks.start_ranks(run.train_rank, (str(config.run_dir.resolve()),), world)
     return RunResult.load(config.run_dir / "result.json")
+
+
+def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | None]) -> RunResult:
+    """Train as one rank of a group that another launcher has started.
+
+    Every rank has composed a configuration from the same command line, perhaps in another directory or on another
+    machine: what counts is the first one's, and where that one writes.
+    """
+    from dytrun import distributed, run
+
+    with contextlib.ExitStack() as held, run.joined_session(config) as place:
+
+        def decided() -> tuple[RunResult | None, str, str]:
+            done = begin(config)
+            if done is None:
+                held.enter_context(_owned(config))
+                held.enter_context(_failure_noted(config))
+            return done, config.model_dump_json(), str(config.run_dir.resolve())
+
+        done, text, directory = distributed.from_first(decided)
+        if done is None:
+            run.train_here(RunConfig.model_validate_json(text), Path(directory), place)
+        return distributed.from_first(lambda: done or RunResult.load(Path(directory) / "result.json"))
+
+
+@contextlib.contextmanager
+def _failure_noted(config: RunConfig) -> Iterator[None]:
+    """Leave a result that says why, if what is done here does not come to an end."""
+    from dytrun import run
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # The rank may have been done, and only the upload to W&B cut short.
+        if previous(config) is None:
+            status = "interrupted" if isinstance(error, ranks.Stopped) else "failed"
+            result = RunResult(status=status, message=first_line(error), **run.identity(config))
+            result.save(config.run_dir / "result.json")
+        raise
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -100,16 +155,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Raises:
         UserError: there is no such run, checkpoint or data.
-        Failed: a rank died or raised.
+        ranks.Failed: a rank died or raised.
     """
-    warm_up()
-    from dytrun import distributed, machine, run
+    ranks.warm_up()
+    from dytrun import machine, run
 
     directory = Path(config.dir)
     run.load_config(directory)
     _, world = machine.resolve_devices(config.devices)
     args = (str(directory.resolve()), config.model_dump_json())
-    found = run.evaluate_rank(*args) if distributed.joined() else _start(run.evaluate_rank, args, world)
+    found = run.evaluate_rank(*args) if is_joined() else ranks.start_ranks(run.evaluate_rank, args, world)
     if found is not None:
         figures = {
             name: {"top1": one.top1, "top5": one.top5, "loss": one.loss, "num": one.num}
@@ -117,104 +172,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         }
         write_json(directory / "eval.json", {"checkpoint": config.checkpoint, "step": found["step"]} | figures)
     return found or {}
-
-
-def warm_up() -> None:
-    """Start the process that ranks are forked from; it imports torch while this one does other things.
-
-    A rank is then a fork of a process that has imported everything and done nothing: it starts in a moment, and
-    shares no state with any other.
-    """
-    if "RANK" in os.environ:
-        return
-    # One machine: gloo need not ask the name service which of its addresses to use.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    multiprocessing.set_forkserver_preload(["dytrun.run"])
-    multiprocessing.forkserver.ensure_running()
-
-
-def _start(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
-    """Run `entry(*args)` on `world` ranks of this machine and return what rank 0 returned."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    warm_up()
-    # Their warnings repeat at length what the exception says; torchelastic sets a level on each of its loggers.
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="dytrun-") as logs, _quiet():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=world,
-            run_id=f"dytrun-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            rdzv_configs={"is_host": True},
-            local_addr="localhost",
-            start_method="forkserver",
-            max_restarts=0,
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
-        try:
-            return elastic_launch(config, _rank)(os.getpid(), entry, *args)[0]
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise _first_cause(Path(logs)) or Failed(f"rank {rank} died: {failure.message}") from None
-        except (SignalException, KeyboardInterrupt) as error:
-            raise Stopped(f"stopped by {type(error).__name__} ({error})") from None
-
-
-def _rank(launcher: int, entry: Callable[..., Any], *args: Any) -> Any:
-    """Run `entry` in a process that ends with its launcher, however that ends."""
-    threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
-    # At once and without a traceback. A shell's background job ignores SIGINT, and its children would too.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return entry(*args)
-
-
-def _leave_with(pid: int) -> None:
-    """End this process when process `pid` does."""
-    try:
-        select.select([os.pidfd_open(pid)], [], [])
-    except ProcessLookupError:
-        pass
-    except (AttributeError, OSError):  # not Linux, or not allowed here
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(pid, 0)
-                time.sleep(1)
-    os._exit(1)
-
-
-def _first_cause(logs: Path) -> Exception | None:
-    """Turn what failing ranks left behind into our exception; None where none could write anything.
-
-    A rank that fails makes the others fail in their next collective; torchelastic reports whichever it sees first,
-    so the one that did not fail for want of another is looked for.
-    """
-    found: list[tuple[int, str, str, str]] = []
-    for path in logs.glob("**/error.json"):
-        message = json.loads(path.read_text())["message"]
-        first, text = message["message"], message["extraInfo"]["py_callstack"]
-        if first.startswith("UserError: "):
-            return UserError(*first.removeprefix("UserError: ").splitlines())
-        found.append((int(any(sign in text for sign in _LOST_PEER)), path.parent.name, first, text))
-    if not found:
-        return None
-    _, rank, first, text = min(found)
-    return Failed(f"rank {rank}: {(first.splitlines() or [''])[0]}\n{text}")
-
-
-@contextlib.contextmanager
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed")
-        yield
 
 
 @contextlib.contextmanager

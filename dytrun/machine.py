@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,26 +11,92 @@ import torch
 import dytrun
 from dytrun.config import MachineConfig
 from dytrun.errors import UserError
+from dytrun.launcher_config import PoolConfig
+
+# On the CPU a rank is a process, for trying out; more of them than this on a core is a typing error.
+_RANKS_PER_CORE = 4
+
+
+def num_gpus() -> int:
+    """Number of CUDA devices that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def resolve_devices(setting: str | int | list[int]) -> tuple[list[int] | None, int]:
     """Return (CUDA device numbers by local rank, None on the CPU; number of ranks).
 
     Raises:
-        UserError: more devices are asked for than there are.
+        UserError: more devices are asked for than there are, or others than the launcher of this rank has planned.
     """
-    world = int(os.environ.get("WORLD_SIZE", "0"))
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world, local = int(os.environ.get("WORLD_SIZE", "0")), _local_world()
+    here = num_gpus()
+    asked = len(setting) if isinstance(setting, list) else local if setting == "auto" else int(setting)
+    if world and asked != local:
+        raise UserError(
+            f"machine.devices: {setting}, but {local} rank(s) were started on this machine; leave it auto, and let "
+            "the launcher say how many"
+        )
     if here == 0:
         if isinstance(setting, list):
             raise UserError(
                 f"machine.devices: {setting} names GPUs, but there is none here; say auto, or a number of ranks"
             )
-        return None, world or (1 if setting == "auto" else int(setting))
-    numbers = list(range(here)) if setting == "auto" else list(range(setting)) if isinstance(setting, int) else setting
-    if any(number >= here for number in numbers):  # pyright: ignore[reportOperatorIssue]
+        if asked > _RANKS_PER_CORE * cores():
+            raise UserError(
+                f"machine.devices: {asked} ranks are too many for the {cores()} core(s) here, and there is no GPU; "
+                f"lower it to {_RANKS_PER_CORE * cores()} or less, or say auto"
+            )
+        return None, world or asked
+    numbers = setting if isinstance(setting, list) else list(range(here if setting == "auto" else int(setting)))
+    if any(number >= here for number in numbers):
         raise UserError(f"machine.devices: {setting} is more than the {here} GPU(s) here; lower it or say auto")
-    return numbers, world or len(numbers)  # pyright: ignore[reportReturnType]
+    # SLURM may show each rank all GPUs of its node, or its own alone.
+    if world and local > len(numbers) and not (len(numbers) == 1 and "SLURM_LOCALID" in os.environ):
+        raise UserError(f"machine.devices: {local} ranks share {len(numbers)} GPU(s); start one rank a GPU")
+    return numbers, world or len(numbers)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A part of this machine that one job of a pool has for itself."""
+
+    cores: frozenset[int]
+    gpus: tuple[str, ...]
+    """As CUDA_VISIBLE_DEVICES names them; empty on the CPU."""
+
+    def __str__(self) -> str:
+        numbers = ",".join(self.gpus or map(str, sorted(self.cores)))
+        return f"{'GPU' if self.gpus else 'core'} {numbers}"
+
+
+def slots(pool: PoolConfig) -> list[Slot]:
+    """Divide this machine's GPUs and cores among the jobs of a pool.
+
+    Raises:
+        UserError: the machine has less than is asked for.
+    """
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(cores()))
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in shown.split(",")][: num_gpus()] if shown else list(map(str, range(num_gpus())))
+    by_gpu = len(names) // pool.gpus_per_job if names else len(mine)
+    by_core = len(mine) // pool.cores_per_job if pool.cores_per_job != "auto" else len(mine)
+    most = min(by_gpu, by_core)
+    count = most if pool.jobs == "auto" else pool.jobs
+    what = f"{len(names)} GPU(s) and {len(mine)} core(s)" if names else f"{len(mine)} core(s) and no GPU"
+    if not 0 < count <= most:
+        raise UserError(
+            f"hydra.launcher.jobs: {max(count, 1)} at a time do not fit, for this machine has {what}, and a job takes "
+            f"{f'{pool.gpus_per_job} GPU(s) and ' if names else ''}"
+            f"{1 if pool.cores_per_job == 'auto' else pool.cores_per_job} core(s) or more; lower one of them"
+        )
+    share = len(mine) // count if pool.cores_per_job == "auto" else pool.cores_per_job
+    return [
+        Slot(
+            frozenset(mine[job * share : (job + 1) * share]),
+            tuple(names[job * pool.gpus_per_job : (job + 1) * pool.gpus_per_job]),
+        )
+        for job in range(count)
+    ]
 
 
 def prepare_torch(machine: MachineConfig, device: torch.device) -> None:
@@ -42,15 +109,15 @@ def prepare_torch(machine: MachineConfig, device: torch.device) -> None:
     torch.use_deterministic_algorithms(machine.deterministic)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread too many costs more than it brings: it waits for the core that a loader process is on.
-        torch.set_num_threads(max(1, _cores() // _local_world() - worker_count(machine.workers, device)))
+        torch.set_num_threads(max(1, cores() // _local_world() - worker_count(machine.workers, device)))
 
 
 def worker_count(setting: str | int, device: torch.device) -> int:
     """Return the number of loader processes for this rank: all cores where a GPU computes, else a quarter of them."""
     if setting != "auto":
         return int(setting)
-    cores = _cores() // _local_world()
-    return max(1, min(16, cores) if device.type == "cuda" else cores // 4)
+    share = cores() // _local_world()
+    return max(1, min(16, share) if device.type == "cuda" else share // 4)
 
 
 def device_name(device: torch.device) -> str:
@@ -81,7 +148,8 @@ def commit() -> tuple[str | None, bool | None]:
     return head.strip(), bool(status.strip())
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

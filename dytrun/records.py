@@ -157,6 +157,8 @@ class RunResult:
     data_wait_frac: float | None = None
     peak_mem_gib: float | None = None
     train_seconds: float | None = None
+    weights_sha256: Mapping[str, str] = field(default_factory=dict)
+    """Of the raw weights at the `start` and at the `end` of training; checked to be the same on all ranks."""
     alpha: Mapping[str, float] = field(default_factory=dict)
     """Final alpha of each site; its mean where there is one a channel."""
     init: Mapping[str, Any] = field(default_factory=dict)

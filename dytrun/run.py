@@ -8,6 +8,7 @@ Ranks read config.json and nothing else; what they do not share is their place (
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dytrun.arm import build_arm
 from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import EvalConfig, RunConfig
 from dytrun.data import RankShare, ValBatches, train_batches
-from dytrun.distributed import Place, barrier, session
+from dytrun.distributed import Place, barrier, broadcast_tensors, from_first, session
 from dytrun.engine import (
     Diverged,
     State,
@@ -51,68 +52,74 @@ _NORM_IMPL = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"
 
 def train_rank(run_dir: str) -> None:
     """Train the run of `run_dir` on this rank, which `launch` has started for it."""
-    train_here(load_config(Path(run_dir)), Path(run_dir))
+    config = load_config(Path(run_dir))
+    with joined_session(config) as place:
+        train_here(config, Path(run_dir), place)
 
 
-def train_here(config: RunConfig, directory: Path) -> None:
+def joined_session(config: RunConfig) -> AbstractContextManager[Place]:
+    """Join the run's other ranks, with the device that is this rank's."""
+    devices, _ = machine.resolve_devices(config.machine.devices)
+    return session(devices, config.machine.collective_timeout_s)
+
+
+def train_here(config: RunConfig, directory: Path, place: Place) -> None:
     """Train a run on this rank, from its last checkpoint if it has one; rank 0 writes the files.
 
     When it returns, on any rank, result.json is there.
     """
-    devices, _ = machine.resolve_devices(config.machine.devices)
-    with session(devices, config.machine.collective_timeout_s) as place:
-        machine.prepare_torch(config.machine, place.device)
-        data = load_data(config.data)
-        plan = optim.plan_steps(config, len(data.train.labels), place.world)
-        model, sites = build_arm(config, data.num_classes)
-        model = _placed(model, config, place)
-        store = Store(directory / "checkpoints", config.checkpoint.keep)
-        saved = _newest(store, place)
-        workers = machine.worker_count(config.machine.workers, place.device)
-        share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
-                          saved.step if saved else 0, plan.total_steps)  # fmt: skip
-        here = place.rank, place.world, place.device
-        around = Surroundings(
-            plan=plan,
-            place=place,
-            clock=Clock(place.device, config.global_batch),
-            train=train_batches(config, data, share, place.device, workers),
-            val=ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here),
-            num_val=len(data.val.labels),
-            store=store,
-            sites=[site.name for site in sites if site.alpha_init is not None],
-        )
-        if saved is None:
-            with around.clock.pause():
-                _warm_start(config, model, data, around, directory)
-        state = build_state(model, config, place.device)
-        if saved is not None:
-            restore(state, saved)
-        compile_model(model, config.machine.compile)
-        result = facts(config, place, data, model) | {
-            "num_norm_sites": len(sites),
-            "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
-            | {"batch_per_rank": plan.batch_per_rank, "accumulation": plan.accumulation, "workers": workers},
-        }
-        if not place.is_first:
-            _follow(fit(config, state, around), config, state, around, None)
-            barrier()
-            return
-        display = terminal.Display(config.run_name, plan.total_steps, state.step)
-        tracker, ended = Tracker(config, directory, state.step, display.note), None
-        try:
-            last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
-            init = _init_facts(directory)
-            if init.get("alpha_from") is not None:
-                result["alpha_init"] = None
-            ended = RunResult(**result, **outcome(state, around, last, message), init=init)
-            if last is not None:
-                _save_correct(directory / "correct.npz", last)
-            ended.save(directory / "result.json")
-            barrier()
-        finally:
-            display.close()
-            tracker.finish(ended)
+    machine.prepare_torch(config.machine, place.device)
+    data = load_data(config.data)
+    plan = optim.plan_steps(config, len(data.train.labels), place.world)
+    model, sites = build_arm(config, data.num_classes)
+    model = _placed(model, config, place)
+    store = Store(directory / "checkpoints", config.checkpoint.keep)
+    saved = _newest(store, place)
+    workers = machine.worker_count(config.machine.workers, place.device)
+    share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
+                      saved.step if saved else 0, plan.total_steps)  # fmt: skip
+    here = place.rank, place.world, place.device
+    around = Surroundings(
+        plan=plan,
+        place=place,
+        clock=Clock(place.device, config.global_batch),
+        train=train_batches(config, data, share, place.device, workers),
+        val=ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here),
+        num_val=len(data.val.labels),
+        store=store,
+        sites=[site.name for site in sites if site.alpha_init is not None],
+    )
+    if saved is None:
+        with around.clock.pause():
+            _warm_start(config, model, data, around, directory)
+    state = build_state(model, config, place.device)
+    if saved is not None:
+        restore(state, saved)
+    compile_model(model, config.machine.compile)
+    result = facts(config, place, data, model) | {
+        "num_norm_sites": len(sites),
+        "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
+        | {"batch_per_rank": plan.batch_per_rank, "accumulation": plan.accumulation, "workers": workers},
+    }
+    if not place.is_first:
+        _follow(fit(config, state, around), config, state, around, None)
+        barrier()
+        return
+    display = terminal.Display(config.run_name, plan.total_steps, state.step)
+    tracker, ended = Tracker(config, directory, state.step, display.note), None
+    try:
+        last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
+        init = _init_facts(directory)
+        if init.get("alpha_from") is not None:
+            result["alpha_init"] = None
+        ended = RunResult(**result, **outcome(state, around, last, message), init=init)
+        if last is not None:
+            _save_correct(directory / "correct.npz", last)
+        ended.save(directory / "result.json")
+        barrier()
+    finally:
+        display.close()
+        tracker.finish(ended)
 
 
 def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
@@ -192,6 +199,7 @@ def outcome(state: State, around: Surroundings, last: EvalRecord | None, message
         "status": "finished" if message is None else "diverged",
         "message": message,
         "steps": state.step,
+        "weights_sha256": state.weights_sha256,
         "train_seconds": state.train_seconds + around.clock.train_seconds,
         "alpha": {site: state.model.get_parameter(f"{site}.alpha").mean().item() for site in around.sites},
     }
@@ -226,10 +234,20 @@ def _follow(
 
 
 def _newest(store: Store, place: Place) -> Checkpoint | None:
-    """Return the newest whole checkpoint; rank 0 looks first, because it puts a damaged one aside."""
-    saved = store.load() if place.is_first else None
-    barrier()
-    return saved if place.is_first else store.load()
+    """Return the newest whole checkpoint: the first rank reads it, and every rank gets what was read."""
+    read: list[Checkpoint] = []
+
+    def head() -> tuple[int, dict[str, Any], list[str]] | None:
+        if (saved := store.load()) is not None:
+            read.append(saved)
+        return saved and (saved.step, saved.state, list(saved.tensors))
+
+    found = from_first(head)
+    if found is None:
+        return None
+    step, state, parts = found
+    tensors = {part: broadcast_tensors(read[0].tensors[part] if read else None, place.device) for part in parts}
+    return Checkpoint(step, tensors, state)
 
 
 def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroundings, directory: Path) -> None:

@@ -19,7 +19,7 @@ _LINE_EVERY_S = 5.0
 
 
 @functools.cache
-def _console() -> Console:
+def console() -> Console:
     """Return the console of this process; a log file is wide, and nothing is cut at 80 columns there."""
     return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 180)
 
@@ -34,7 +34,7 @@ class Display:
         self._train: TrainRecord | None = None
         self._eval: EvalRecord | None = None
         self._progress: Progress | None = None
-        if _console().is_terminal:
+        if console().is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -42,13 +42,13 @@ class Display:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[now]}"),
             )
-            self._progress = Progress(*columns, console=_console())
+            self._progress = Progress(*columns, console=console())
             self._progress.start()
             self._task = self._progress.add_task(title, total=total_steps, completed=first_step, now="")
 
     def note(self, text: str) -> None:
         """Show a line of its own."""
-        _console().print(text, markup=False)
+        console().print(text, markup=False)
 
     def show(self, record: Record) -> None:
         """Take a record in; a terminal is redrawn, a log gets a line now and then."""
@@ -61,7 +61,7 @@ class Display:
             return
         is_last = record.step == self._total_steps and isinstance(record, EvalRecord)
         if is_last or time.monotonic() - self._shown > _LINE_EVERY_S:
-            _console().print(f"step {record.step}/{self._total_steps}  {self._line()}  ETA {self._eta(record.step)}")
+            console().print(f"step {record.step}/{self._total_steps}  {self._line()}  ETA {self._eta(record.step)}")
             self._shown = time.monotonic()
 
     def close(self) -> None:
@@ -90,15 +90,15 @@ class Display:
 
 def line(text: str) -> None:
     """Print a line."""
-    _console().print(text, markup=False)
+    console().print(text, markup=False)
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print a plan: a name and what it is, a row each."""
-    _console().print(title, markup=False)
+    console().print(title, markup=False)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        _console().print(f"  {name:<{width}}  {text}", markup=False)
+        console().print(f"  {name:<{width}}  {text}", markup=False)
 
 
 def result(run: RunResult) -> None:
@@ -137,7 +137,7 @@ def accuracies(title: str, rows: Mapping[str, Accuracy]) -> None:
     for name, found in rows.items():
         count = f"{found.top1_count:,} / {found.num:,}"
         table.add_row(name, f"{found.top1:.3f}", f"{found.top5:.3f}", f"{found.loss:.4f}", count)
-    _console().print(table)
+    console().print(table)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
@@ -145,6 +145,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], not
     drawn = Table(*columns, title=title, title_justify="left")
     for row in rows:
         drawn.add_row(*row)
-    _console().print(drawn)
+    console().print(drawn)
     for note in notes:
-        _console().print(note, markup=False)
+        console().print(note, markup=False)

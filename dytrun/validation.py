@@ -87,6 +87,10 @@ def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
         yield (f"{where}: {error['input']!r} is no site pattern; say a role, a class name or a glob over the dotted "
                "name, and @A-B after it for blocks A to B")  # fmt: skip
         return
+    if error["type"] == "string_pattern_mismatch" and path.startswith("hydra.launcher."):
+        where = path.removesuffix(".[key]")
+        yield f"{where}: {error['input']!r} holds characters that no field of a batch script takes"
+        return
     if error["type"] == "extra_forbidden":
         if path in known:
             yield f"{path}: another option of this group has this key, the chosen one has not"

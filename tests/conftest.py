@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dytrun.cli import _expand
+from dytrun.compose import expand
 from dytrun.config import RunConfig
 
 # A ViT that trains on digits in seconds; every test that runs one starts from it.
@@ -46,7 +46,7 @@ def _alone(tmp_path, monkeypatch):
 
 def config_of(*overrides: str) -> RunConfig:
     """Return what the command line makes of `overrides`."""
-    return next(_expand(overrides))
+    return expand(overrides).configs[0]
 
 
 def tiny(*overrides: str) -> RunConfig:

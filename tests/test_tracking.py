@@ -73,10 +73,10 @@ def test_without_a_key_auto_is_offline(monkeypatch, tmp_path):
 
 START = """
 import sys, time
-from dytrun.cli import _expand
+from dytrun.compose import expand
 from dytrun.tracking import Tracker
 from pathlib import Path
-config = next(_expand(sys.argv[2:]))
+config = expand(sys.argv[2:]).configs[0]
 start = time.time()
 notes = []
 tracker = Tracker(config, Path(sys.argv[1]), 0, notes.append)

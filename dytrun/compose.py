@@ -1,0 +1,216 @@
+"""Hydra's half of the command line: overrides → composed → typed configurations.
+
+Every run of a sweep is composed and validated before the first one starts; nothing behind this file knows Hydra or
+OmegaConf, but for the launchers.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dytrun.errors import UserError
+from dytrun.usage import CONF, config_dir_of
+
+MULTIRUN = ("--multirun", "-m")
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """What a command line stands for."""
+
+    configs: list[Any]
+    """The typed configuration of every run; of the first alone, where the sweeper chooses values as it goes."""
+    is_sweep: bool
+    is_open: bool
+    """Whether the sweeper chooses values as it goes."""
+    launcher: dict[str, Any]
+    """The settings of hydra.launcher; `_target_` names it."""
+
+
+def expand(args: Sequence[str], verb: str = "train") -> Expanded:
+    """Compose and validate every run that a command line stands for.
+
+    Raises:
+        UserError: all that is wrong with the first wrong one.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    flags = [arg for arg in args if arg.startswith("-")]
+    search = config_dir_of(args)
+    overrides = [addable(arg) for arg in args if arg not in flags and arg != search]
+    for flag in flags:
+        if flag not in MULTIRUN and not re.match(r"(--config-dir|-cd)\b", flag):
+            raise UserError(f"{flag}: no such option; see dytrun {verb} --help")
+    overrides += _searchpath(search)
+    with raw_errors(), initialize_config_dir(str(CONF), **version_base()):
+        try:
+            parse = OverridesParser.create().parse_overrides
+            parsed = parse(overrides)
+            first = _composed(compose, verb, [one[0] for one in _values(BasicSweeper, parsed)])
+            is_sweep = any(flag in MULTIRUN for flag in flags) or str(first.hydra.mode).endswith("MULTIRUN")
+            is_open = is_sweep and not str(first.hydra.sweeper._target_).endswith(".BasicSweeper")
+            jobs: Any = [[one[0] for one in _values(BasicSweeper, parsed)]]
+            if is_sweep and not is_open:
+                params = [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()]
+                jobs = itertools.product(*_values(BasicSweeper, [*parse(params), *parsed]))
+            if not is_open:
+                _refuse_sweeps(overrides, parsed, is_sweep)
+            configs = [validated(verb, _composed(compose, verb, list(job))) for job in jobs]
+            return Expanded(configs, is_sweep, is_open, plain(first.hydra.launcher))
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            raise_composition(error)
+
+
+def page_of(cfg: Any, name: str, config_dir: str | None) -> Any:
+    """Return what an experiment's page says by itself, at the place in its own sweep where the job `cfg` stands."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    around, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # that of the command line, if here
+    try:
+        with initialize_config_dir(str(CONF), **version_base()):
+            page = compose("train", [f"experiment={name}", *_searchpath(config_dir)], return_hydra_config=True)
+    except Exception as error:
+        raise_composition(error)
+    finally:
+        GlobalHydra.instance().hydra = around
+    for key in page.hydra.sweeper.params or {}:
+        OmegaConf.update(page, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return validated("train", page)
+
+
+def validated(verb: str, cfg: Any) -> Any:
+    """Turn Hydra's configuration of a command into ours."""
+    from omegaconf import OmegaConf, open_dict
+
+    from dytrun.config import EvalConfig, ReportConfig, RunConfig
+    from dytrun.validation import validate
+
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+        cfg.pop("experiment", None)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(*(f"{key}: a value is needed; say {key}=…" for key in missing))
+    values = plain(cfg)
+    if verb == "eval" and values.get("dir") is None:
+        raise UserError("dir: which run? say dytrun eval DIR")
+    return validate({"train": RunConfig, "eval": EvalConfig, "report": ReportConfig}[verb], values)
+
+
+def plain(cfg: Any) -> Any:
+    """Turn a piece of Hydra's configuration into plain Python values."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def addable(arg: str) -> str:
+    """Let a key be new without a `+`: the model's own arguments are free, and what a norm takes depends on the norm.
+
+    Validation names those that a norm does not take.
+    """
+    if arg.startswith("norm.name="):
+        raise UserError(f"{arg}: an option brings its own settings; say norm={arg.partition('=')[2]}")
+    return f"++{arg}" if re.match(r"model\.kwargs[.=]|norm\.\w", arg) else arg
+
+
+def raise_composition(error: Exception) -> NoReturn:
+    """Turn what Hydra says of a command line into one line; raise anything else as it is."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from dytrun.validation import near
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [str(item) for item in error.options or [] if not str(item).startswith("_")]
+        raise UserError(
+            f"{group}={option}: no such option{near(option, options)}; there are {', '.join(options)}"
+        ) from None
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
+        raise UserError(f"{str(error).splitlines()[0].rstrip('.')}{cause}; see dytrun train --help") from None
+    raise error
+
+
+def version_base() -> dict[str, Any]:
+    """Return the argument that Hydra 1.3 needs and 1.4 warns of."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
+
+
+@contextmanager
+def raw_errors() -> Iterator[None]:
+    """While it lasts Hydra raises instead of printing and leaving."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+
+
+def _searchpath(config_dir: str | None) -> list[str]:
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir: {config_dir} is no directory; give one that holds configuration groups")
+    return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+
+
+def _values(sweeper: Any, parsed: Sequence[Any]) -> list[list[str]]:
+    """Return, for each key, the `key=value` of each of its values; as Hydra's basic sweeper, later keys win.
+
+    A range without steps has no values that could be listed, and is left out.
+    """
+    by_key: dict[str, list[str]] = {}
+    for override in parsed:
+        if not override.key_or_group:
+            raise UserError(f"{override.input_line}: no key before the '='; say key=value")
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            continue
+        batches = sweeper.split_arguments([override], None)
+        by_key[override.get_key_element()] = [job[0] for batch in batches for job in batch]
+    return list(by_key.values())
+
+
+def _refuse_sweeps(overrides: list[str], parsed: Sequence[Any], is_sweep: bool) -> None:
+    """Refuse several values without a sweep, and in a sweep over listed values a range that lists none."""
+    for text, override in zip(overrides, parsed, strict=True):
+        if override.is_sweep_override() and not is_sweep:
+            raise UserError(f"{text}: several values need a sweep; add -m")
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{text}: a range without steps needs a sweeper that searches; list values, or install one")
+
+
+def _composed(compose: Any, verb: str, overrides: list[str]) -> Any:
+    """Compose; a key that Hydra does not know is added, so that validation can name all of them at once."""
+    from hydra.errors import ConfigCompositionException
+
+    for _ in overrides:
+        try:
+            return compose(config_name=verb, overrides=overrides, return_hydra_config=True)
+        except ConfigCompositionException as error:
+            unknown = re.search(r"Could not override '([^']+)'", str(error))
+            index = next((i for i, text in enumerate(overrides) if unknown and text.startswith(f"{unknown[1]}=")), None)
+            if index is None or unknown is None or unknown[1].startswith("hydra"):
+                raise
+            overrides = [f"++{text}" if i == index else text for i, text in enumerate(overrides)]
+    return compose(config_name=verb, overrides=overrides, return_hydra_config=True)

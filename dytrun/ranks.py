@@ -1,0 +1,178 @@
+"""The processes of one machine: the ranks of a run, each in a process of its own, that end together.
+
+torchelastic starts and watches them. No run inherits another's memory, peaks or compiled code.
+
+torch is imported only where it is needed, so that a finished run is recognised without it.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import select
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from setproctitle import setproctitle
+
+from dytrun.errors import UserError
+
+# What stands in the traceback of a rank that fails because another has.
+_LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
+# Longer than the launcher takes to see that a rank has died, and to end the others.
+_GRIEF_S = 8.0
+
+# Whether this process is a job that a pool has forked (enter_job).
+_is_forked_job = False
+
+
+class Failed(Exception):
+    """A rank died or raised. The message names the first one to fail, and holds its traceback."""
+
+
+class Stopped(Exception):
+    """A person or the system asked for an end."""
+
+
+def warm_up(*modules: str) -> None:
+    """Start the process that ranks are forked from; it imports torch while this one does other things.
+
+    A rank is then a fork of a process that has imported everything and done nothing: it starts in a moment, and
+    shares no state with any other.
+    """
+    # One machine: gloo need not ask the name service which of its addresses to use.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    if "RANK" in os.environ or _start_method() == "fork":
+        return
+    multiprocessing.set_forkserver_preload(["dytrun.run", *modules])
+    multiprocessing.forkserver.ensure_running()
+
+
+def enter_job(launcher: int, title: str) -> None:
+    """Make this process, a fork of one that has imported everything and done nothing, a job: see `warm_up`.
+
+    It ends with process `launcher`, and its ranks, if they are to compute on the CPU, are forked from itself: a
+    server of its own would import everything once more.
+    """
+    global _is_forked_job
+    _is_forked_job = True
+    _bind_to(launcher, title)
+
+
+def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
+    """Run `entry(*args)` on `world` ranks of this machine and return what rank 0 returned."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    warm_up()
+    # Their warnings repeat at length what the exception says; torchelastic sets a level on each of its loggers.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="dytrun-") as logs, _quiet():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world,
+            run_id=f"dytrun-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"is_host": True},
+            local_addr="localhost",
+            start_method=_start_method(),
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            return elastic_launch(config, _rank)(os.getpid(), entry, *args)[0]
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            died = f"rank {rank} died: {how}, process {failure.pid}; the other ranks were ended"
+            raise _first_cause(Path(logs)) or Failed(died) from None
+        except (SignalException, KeyboardInterrupt) as error:
+            raise Stopped(f"stopped by {type(error).__name__} ({error})") from None
+
+
+def _start_method() -> str:
+    # Whether there are GPUs must be found out without CUDA, which does not survive a fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if not _is_forked_job:
+        return "forkserver"
+    from dytrun import machine
+
+    return "forkserver" if machine.num_gpus() else "fork"
+
+
+def _rank(launcher: int, entry: Callable[..., Any], *args: Any) -> Any:
+    """Run `entry` in a process that ends with its launcher, however that ends."""
+    _bind_to(launcher, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, {Path(args[0]).name}")
+    try:
+        return entry(*args)
+    except Exception:
+        # A rank that another has left is told so at once, and would be first to say it. It waits to be ended.
+        if any(sign in traceback.format_exc() for sign in _LOST_PEER):
+            time.sleep(_GRIEF_S)
+        raise
+
+
+def _bind_to(launcher: int, title: str) -> None:
+    """Let this process end with another one, by signals at once and without a traceback, and show what it is."""
+    threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
+    # A shell's background job ignores SIGINT, and its children would too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    setproctitle(f"dytrun: {title}")
+
+
+def _leave_with(pid: int) -> None:
+    """End this process when process `pid` does."""
+    try:
+        select.select([os.pidfd_open(pid)], [], [])
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):  # not Linux, or not allowed here
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(pid, 0)
+                time.sleep(1)
+    os._exit(1)
+
+
+def _first_cause(logs: Path) -> Exception | None:
+    """Turn what failing ranks left behind into our exception; None where none could write anything.
+
+    A rank that fails makes the others fail in their next collective; torchelastic reports whichever it sees first,
+    so the one that did not fail for want of another is looked for.
+    """
+    found: list[tuple[int, int, str, str, str]] = []
+    for path in logs.glob("**/error.json"):
+        message = json.loads(path.read_text())["message"]
+        first, text = message["message"], message["extraInfo"]["py_callstack"]
+        if first.startswith("UserError: "):
+            return UserError(*first.removeprefix("UserError: ").splitlines())
+        is_victim = any(sign in text for sign in _LOST_PEER)
+        found.append((is_victim, int(message["extraInfo"]["timestamp"]), path.parent.name, first, text))
+    if not found:
+        return None
+    _, _, rank, first, text = min(found)
+    return Failed(f"rank {rank}: {(first.splitlines() or [''])[0]}\n{text}")
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed")
+        yield

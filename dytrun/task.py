@@ -1,0 +1,156 @@
+"""One run of a command line, wherever Hydra's launcher runs it, and the note on how it ended.
+
+A launcher may run a job in this process, in another one or on another machine. What they share is a folder: the job
+notes there how it ended, and whoever started the jobs reads it.
+"""
+
+import json
+import math
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dytrun import compose
+from dytrun.errors import UserError, first_line
+
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+
+Ending = Literal["finished", "planned", "diverged", "failed", "refused", "stopped"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended."""
+
+    run: str
+    ending: Ending
+    problems: Sequence[str] = ()
+    """Lines for a person; those of a run that was `refused` can be mended by the user."""
+    trace: str = ""
+    """Traceback of an error that nobody foresaw."""
+    top1: float | None = None
+    """Percent."""
+
+    @property
+    def value(self) -> float:
+        """What a sweeper that searches is told: top-1; 0 where training diverged, NaN where there is no value."""
+        return 0.0 if self.ending == "diverged" else math.nan if self.top1 is None else self.top1
+
+    def save(self, folder: Path) -> None:
+        """Note how the run ended; of several notes on one run the last one counts."""
+        from dytrun.records import write_json
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{self.run}.json", asdict(self))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What Hydra calls for each run of a command line.
+
+    In this machine's processes it never raises, so that the runs after a failed one go on and Hydra prints nothing of
+    its own.
+    """
+
+    folder: str
+    """Where the jobs of this command line note how they ended."""
+    config_dir: str | None
+    """What --config-dir gave."""
+
+    def __call__(self, cfg: Any) -> float:
+        """Train the run that Hydra has composed; return its value for sweepers that search."""
+        from dytrun import commands, launch, ranks
+
+        name = "job"
+        launch.join(Path(self.folder))
+        try:
+            if any(outcome.ending == "stopped" for outcome in outcomes(self.folder).values()):
+                return math.nan
+            config = compose.validated("train", cfg)
+            name = config.run_name
+            page = config.published and compose.page_of(cfg, config.published.page, self.config_dir)
+            ending, top1 = commands.train(config, page)
+            found = Outcome(name, ending, top1=top1)
+        except UserError as error:
+            found = Outcome(name, "refused", error.problems)
+        except ranks.Stopped as error:
+            found = Outcome(name, "stopped", (str(error),))
+        except Exception as error:
+            if launch.will_restart():
+                raise
+            first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed) else (
+                first_line(error), "", traceback.format_exc())  # fmt: skip
+            found = Outcome(name, "failed", (first,), trace)
+        self._note(found)
+        return found.value
+
+    def _note(self, found: Outcome) -> None:
+        # Every rank of a job notes what went wrong with it, the first one how the run ended.
+        if os.environ.get("RANK", "0") == "0" or (found.problems and found.run not in outcomes(self.folder)):
+            found.save(Path(self.folder) / "outcomes")
+
+
+class Batch:
+    """The jobs that a launcher of ours is given at once, composed; those with nothing left to do are done with."""
+
+    def __init__(self, launcher: Any, job_overrides: Sequence[Sequence[str]]):
+        """Take the jobs from a launcher that Hydra has set up.
+
+        Args:
+            launcher: holds `hydra_context`, `config` and `task_function`.
+            job_overrides: of each job, in order.
+        """
+        from dytrun import launch
+
+        load = launcher.hydra_context.config_loader.load_sweep_config
+        self.task: Task = launcher.task_function
+        self._all = [(list(one), load(launcher.config, list(one))) for one in job_overrides]
+        self._names: list[str] = []
+        self.configs: dict[str, Any] = {}
+        self.overrides: dict[str, list[str]] = {}
+        self.cfgs: dict[str, Any] = {}
+        self.pending: list[str] = []
+        for overrides, cfg in self._all:
+            config = compose.validated("train", cfg)
+            name = config.run_name
+            self._names.append(name)
+            if name in self.configs:
+                continue
+            self.configs[name], self.overrides[name], self.cfgs[name] = config, overrides, cfg
+            if config.dry_run or launch.previous(config) is not None:
+                self.task(cfg)
+            else:
+                self.pending.append(name)
+
+    def returns(self) -> list[Any]:
+        """Return to Hydra what each job came to, in order. A job that failed is no exception."""
+        from hydra.core.utils import JobReturn, JobStatus
+
+        ended = outcomes(self.task.folder)
+        values = [ended[name].value if name in ended else math.nan for name in self._names]
+        return [
+            JobReturn(overrides, cfg, status=JobStatus.COMPLETED, _return_value=value)
+            for (overrides, cfg), value in zip(self._all, values, strict=True)
+        ]
+
+
+def outcomes(folder: str | Path) -> dict[str, Outcome]:
+    """Return {run: outcome} of all jobs that have ended so far, in the order in which they did."""
+    notes = sorted((Path(folder) / "outcomes").glob("[!.]*.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = (Outcome(**json.loads(path.read_text())) for path in notes)
+    return {outcome.run: outcome for outcome in found}
+
+
+def exit_code(found: Sequence[Outcome], is_sweep: bool) -> int:
+    """Return what the command line says to the shell; in a sweep a divergence is a result."""
+    endings = {outcome.ending for outcome in found}
+    if "stopped" in endings:
+        return STOPPED
+    if "failed" in endings:
+        return FAILED
+    if "refused" in endings:
+        return WRONG_INPUT
+    return FAILED if endings == {"diverged"} and not is_sweep else DONE

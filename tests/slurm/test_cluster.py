@@ -1,0 +1,179 @@
+"""What the tests of this directory take for granted of SLURM, seen on the real one.
+
+Times on two cores: up 1.1 s, down 0.1 s; a requeued job starts 6 s later, when its credential has expired; a preempted
+job that does not leave by itself runs on for 13 s, though GraceTime is 5.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm import cluster as module
+from slurm.cluster import Cluster, ClusterError
+
+# Run a batch script again when it fails. A job that is being cancelled, has run out of time, or is requeued by SLURM
+# itself is COMPLETING by then, and `scontrol requeue` would bring even a cancelled one back: hence the question.
+# SIGNALING is RUNNING with a signal on its way. An element of an array is named by the array, because the last
+# element's own number is that of the whole array.
+RETRY = """
+retry() {
+    code=$?
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    [ $code -ne 0 ] && [ ${SLURM_RESTART_COUNT:-0} -lt LIMIT ] || return
+    state=$(squeue --noheader --jobs=$job --format=%T)
+    echo "exit code $code of a job that is $state"
+    case $state in RUNNING | SIGNALING) scontrol requeue $job ;; esac
+}
+trap retry EXIT
+"""
+REMAINS = "while :; do sleep 0.1; done"  # whatever signals the shell traps and sleep dies of
+
+
+@pytest.fixture(scope="module")
+def gpu_cluster(needs_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two GPUs a node, at a site that warns by SIGTERM alone."""
+    with Cluster(tmp_path_factory.mktemp("gpu"), gpus=2, preempt_user_signal=False) as cluster:
+        yield cluster
+
+
+def submit(cluster: Cluster, name: str, script: str, *options: str) -> str:
+    """Submit a bash script that writes to NAME.out, over all its restarts."""
+    path = Path(f"{name}.sh")
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    return cluster.run(
+        "sbatch", "--parsable", "--requeue", f"--output={name}.out", "--open-mode=append", *options, str(path)
+    ).strip()
+
+
+def said(name: str) -> str:
+    return Path(f"{name}.out").read_text()
+
+
+def wait_to_read(name: str, text: str, timeout_s: float = 10) -> None:
+    """Wait until a job has written something: it is RUNNING before its first line is."""
+    deadline = time.monotonic() + timeout_s
+    while not Path(f"{name}.out").exists() or text not in said(name):
+        assert time.monotonic() < deadline, f"{name} has not said {text!r}"
+        time.sleep(0.05)
+
+
+def test_four_tasks_run_on_two_nodes(cluster):
+    said = cluster.run("srun", "--nodes=2", "--ntasks=4", "sh", "-c", "echo $SLURM_PROCID $SLURMD_NODENAME")
+    assert sorted(said.splitlines()) == ["0 n1", "1 n1", "2 n2", "3 n2"]
+
+
+def test_the_nodes_names_resolve(cluster):
+    assert "127.0.0.1" in cluster.run("srun", "--nodes=1", "getent", "hosts", "n2")
+
+
+def test_preempted_job_gets_its_signal_and_comes_back(cluster):
+    """The job asked for USR2, ignores it, and is put back by SLURM when the grace time is over."""
+    body = f"srun bash -c 'trap \"echo USR2\" USR2; echo started; [ $SLURM_RESTART_COUNT ] || {REMAINS}'"
+    low = submit(cluster, "low", body, "--nodes=2", "--exclusive", "--signal=USR2@60")
+    wait_to_read("low", "started")
+    high = submit(cluster, "high", "true", "--partition=high", "--nodes=2", "--exclusive")
+    cluster.wait_for(high, "COMPLETED", 40)
+    assert cluster.wait_for(low, "COMPLETED", 40)["Restarts"] == "1"
+    assert said("low").count("USR2\n") == 2  # one a task
+    assert "DUE TO PREEMPTION" in said("low")
+
+
+def test_preempted_job_may_leave_by_itself(gpu_cluster):
+    """Without the site's user signal the warning is SIGTERM; a job that then requeues itself gives way at once."""
+    leave = "echo TERM; [ $SLURM_PROCID != 0 ] || scontrol requeue $SLURM_JOB_ID; exit 1"
+    body = f"srun bash -c 'trap \"{leave}\" TERM; echo started; [ $SLURM_RESTART_COUNT ] || {REMAINS}'"
+    low = submit(gpu_cluster, "low", body, "--nodes=2", "--exclusive")
+    wait_to_read("low", "started")
+    began = time.monotonic()
+    high = submit(gpu_cluster, "high", "true", "--partition=high", "--nodes=2", "--exclusive")
+    gpu_cluster.wait_for(high, "COMPLETED", 20)
+    assert time.monotonic() - began < 10
+    assert gpu_cluster.wait_for(low, "COMPLETED", 20)["Restarts"] == "1"
+    assert "TERM\n" in said("low")
+
+
+@pytest.mark.parametrize(
+    ("option", "devices"),
+    [("--gpus-per-node=2", ["0,1"] * 4), ("--gpus-per-task=1", ["0", "0", "1", "1"])],
+)
+def test_tasks_are_given_devices(gpu_cluster, option, devices):
+    told = gpu_cluster.run("srun", "--nodes=2", "--ntasks=4", option, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert sorted(told.split()) == devices
+
+
+@pytest.mark.parametrize("options", [["--gpus-per-node=3"], ["--nodes=1", "--ntasks=1", "--gpus-per-task=3"]])
+def test_more_than_there_is_is_refused(gpu_cluster, options):
+    with pytest.raises(ClusterError, match="node configuration is not available"):
+        gpu_cluster.run("srun", "--immediate=2", *options, "true")
+
+
+def test_crashed_job_is_run_again(cluster):
+    """Once, twice, never and in an array, at the same time."""
+    trap = RETRY.replace("LIMIT", "1")
+    once = submit(cluster, "once", f"{trap} [ $SLURM_RESTART_COUNT ] || srun sh -c 'kill -9 $$'")
+    always = submit(cluster, "always", f"{trap} srun sh -c 'exit 7'")
+    never = submit(cluster, "never", f"{trap} srun true")
+    array = submit(cluster, "array", f"{trap} [ $SLURM_ARRAY_TASK_ID = 0 ] || [ $SLURM_RESTART_COUNT ]", "--array=0-1")
+    assert cluster.wait_for(once, "COMPLETED")["Restarts"] == "1"
+    assert cluster.wait_for(always, "FAILED")["Restarts"] == "1"
+    assert cluster.wait_for(never, "COMPLETED")["Restarts"] == "0"
+    assert cluster.wait_for(array, "COMPLETED")["Restarts"] == "1"
+    elements = [job for job in cluster.jobs().values() if job.get("ArrayJobId") == array]
+    assert {job["ArrayTaskId"]: job["Restarts"] for job in elements} == {"0": "0", "1": "1"}
+
+
+def test_cancelled_job_stays_cancelled(cluster):
+    """Whatever the script does about SIGTERM, and whatever code it ends with; without the question it would return."""
+    trap = RETRY.replace("LIMIT", "3")
+    scripts = {
+        "plain": f"{trap} false; srun sleep 60",
+        "trapped": f"{trap} trap 'echo TERM' TERM; srun sleep 60",
+        "ignored": f"{trap} trap '' TERM; srun sleep 60",
+        "unasked": f"{trap} squeue() {{ echo RUNNING; }}; trap '' TERM; srun sleep 60",
+    }
+    jobs = {name: submit(cluster, name, f"echo started; {script}") for name, script in scripts.items()}
+    for name in jobs:
+        wait_to_read(name, "started")
+    time.sleep(1)  # srun starts
+    cluster.run("scancel", *jobs.values())
+    unasked = jobs.pop("unasked")
+    assert cluster.wait_for(unasked, "PENDING")["Restarts"] == "1"
+    cluster.run("scancel", unasked)
+    for name, job in jobs.items():
+        assert cluster.wait_for(job, "CANCELLED")["Restarts"] == "0"
+        assert "of a job that is COMPLETING" in said(name)
+
+
+def test_job_of_a_dead_node_is_run_again(cluster):
+    job = submit(cluster, "job", "echo started; [ $SLURM_RESTART_COUNT ] || srun sleep 60", "--nodes=2")
+    wait_to_read("job", "started")
+    time.sleep(1)  # srun starts
+    cluster.kill_node("n2", noticed=True)
+    cluster.start_node("n2")
+    assert cluster.wait_for(job, "COMPLETED", 60)["Restarts"] == "1"
+
+
+def test_failed_start_leaves_nothing(needs_slurm, tmp_path, monkeypatch):
+    hosts = module.HOSTS.read_bytes()
+    monkeypatch.setattr(module, "UP_WITHIN_S", 1)
+    monkeypatch.setattr(Cluster, "_idle", lambda self: False)
+    cluster = Cluster(tmp_path)
+    with pytest.raises(ClusterError, match=r"nodes are not idle, after 1 s\n(?s:.*)--- slurmctld.log"), cluster:
+        pass
+    assert module.HOSTS.read_bytes() == hosts
+    assert list(cluster._processes()) == []
+
+
+def test_nothing_is_left_of_a_cluster_that_is_busy(needs_slurm, tmp_path):
+    hosts = module.HOSTS.read_bytes()
+    with Cluster(tmp_path, nodes=1) as cluster:
+        submit(cluster, "job", f"trap '' TERM; echo started; srun bash -c '{REMAINS}'")
+        wait_to_read("job", "started")
+        assert module.HOSTS.read_bytes() != hosts
+    assert module.HOSTS.read_bytes() == hosts
+    assert list(cluster._processes()) == []
+    assert "SLURM_CONF" not in os.environ or os.environ["SLURM_CONF"] != cluster.env["SLURM_CONF"]
