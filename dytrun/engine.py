@@ -106,7 +106,7 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
         Diverged: on every rank alike.
         RuntimeError: the ranks' weights are not the same, at the start or after an epoch.
     """
-    net = distribute(state.model, around.place)
+    net = distribute(state.model, around.place, around.plan.accumulation)
     plan, every = around.plan, config.tracking.log_every_steps
     now = same_weights(state.model, f"before step {state.step}")
     state.weights_sha256 = state.weights_sha256 or {"start": now, "end": now}
@@ -153,14 +153,17 @@ def train_step(net: nn.Module, state: State, config: RunConfig, around: Surround
         state.ema.update(state.model)
 
 
-def distribute(model: nn.Module, place: Place) -> nn.Module:
+def distribute(model: nn.Module, place: Place, accumulation: int) -> nn.Module:
     """Wrap a model in DDP where there is more than one rank; the model itself stays usable."""
     if place.world == 1:
         return model
     # A hint about speed for 1×1 convolutions, whose gradients come in another order than their buckets.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [place.device.index] if place.device.type == "cuda" else None
-    options: dict[str, Any] = {_SYNC_BUFFERS: False}
+    # DDP learns a static graph in its first backward pass, which may then not be one that sends no gradients: torch
+    # 2.14 fails an assertion there (pytorch issue 143580). To send them in that one alone would be right up to
+    # rounding, but a run that was interrupted would no longer end bit-equal to one that was not.
+    options: dict[str, Any] = {_SYNC_BUFFERS: False, "static_graph": accumulation == 1}
     return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
 
 

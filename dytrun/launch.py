@@ -41,7 +41,7 @@ def join(folder: Path) -> None:
     Args:
         folder: one that all ranks see; the ranks of a job find each other by a file there.
     """
-    if "SUBMITIT_EXECUTOR" not in os.environ or is_joined():
+    if not is_batch_job() or is_joined():
         return
     import submitit
 
@@ -55,6 +55,11 @@ def join(folder: Path) -> None:
         "DYTRUN_RENDEZVOUS": str(folder / f"rendezvous-{job.job_id}-{start}"),
     }
     setproctitle(f"dytrun: rank {job.global_rank} of {job.num_tasks}, SLURM job {job.job_id}")
+
+
+def is_batch_job() -> bool:
+    """Whether this process is a task of a job of submitit's."""
+    return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def will_restart() -> bool:

@@ -113,11 +113,16 @@ def prepare_torch(machine: MachineConfig, device: torch.device) -> None:
 
 
 def worker_count(setting: str | int, device: torch.device) -> int:
-    """Return the number of loader processes for this rank: all cores where a GPU computes, else a quarter of them."""
+    """Return the number of loader processes for this rank: all cores where a GPU computes, else a quarter of them.
+
+    A rank that has one core, and computes on it, loads its images itself: a process would only take turns with it.
+    """
     if setting != "auto":
         return int(setting)
-    share = cores() // _local_world()
-    return max(1, min(16, share) if device.type == "cuda" else share // 4)
+    share = max(1, cores() // _local_world())
+    if device.type == "cuda":
+        return min(16, share)
+    return 0 if share == 1 else max(1, share // 4)
 
 
 def device_name(device: torch.device) -> str:

@@ -92,6 +92,8 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
             raise UserError(
                 "machine.compile: this model has no blocks to compile one by one; say machine.compile=model"
             )
+        # Else DDP's buckets would cut the blocks once more, and one rank would run other code than several.
+        torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile(dynamic=False)
 

@@ -61,8 +61,6 @@ class _Pool:
         self._waiting = collections.deque(batch.pending)
         self._free = list(slots)
         self._running: dict[str, tuple[BaseProcess, Slot]] = {}
-        # Its children have imported everything already, and begin to train in a moment.
-        ranks.warm_up("dytrun.commands", "dytrun.pool", "torch.distributed.launcher.api")
         self._processes = multiprocessing.get_context("forkserver")
 
     def work(self) -> None:
@@ -125,7 +123,10 @@ def check(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: a setting is wrong; more jobs at a time, or more for each, than there are GPUs and cores.
     """
-    machine.slots(checked(PoolConfig, settings))
+    pool = checked(PoolConfig, settings)
+    # Jobs are forked from a process that has imported everything, and begin to train in a moment; it begins now.
+    ranks.warm_up("dytrun.commands", "dytrun.pool", "torch.distributed.launcher.api")
+    machine.slots(pool)
 
 
 def _work(launcher: int, task: Task, cfg: DictConfig, slot: Slot, name: str) -> None:

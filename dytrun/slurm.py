@@ -31,8 +31,7 @@ from dytrun.launcher_config import PLAIN, SlurmConfig, checked
 from dytrun.task import Batch, Outcome, outcomes
 
 _POLL_S = 2.0
-# A job that is put back into the queue is in no list for a moment.
-_POLLS_TO_GIVE_UP = 5
+_POLLS_TO_ASK, _POLLS_TO_GIVE_UP = 3, 30
 # Parameters that submitit has under these names for every kind of cluster; SLURM's own carry a prefix.
 _SHARED = {
     "name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "stderr_to_stdout",
@@ -78,7 +77,7 @@ class Slurm(SlurmLauncher):
         settings = {name: value for name, value in chosen.model_dump(exclude={"max_restarts"}).items() if value}
         settings |= {
             "tasks_per_node": chosen.ranks_per_node,
-            "setup": [*chosen.setup, *_restart_lines(folder / "crashes", chosen.max_restarts)],
+            "setup": [*chosen.setup, *restart_lines(folder / "crashes", chosen.max_restarts)],
             "additional_parameters": {"requeue": True, **chosen.additional_parameters},
             "srun_args": ["--kill-on-bad-exit=1"],  # a rank that has died takes the others with it
         }
@@ -137,22 +136,24 @@ def _strings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return found
 
 
-def _restart_lines(crashes: Path, most: int) -> list[str]:
+def restart_lines(crashes: Path, most: int) -> list[str]:
     """Return lines of shell that put a job whose rank has crashed back into the queue, `most` times.
 
     SLURM itself does so after a pre-emption and when a node is lost, and not when a task fails.
     """
     count = f"{shlex.quote(str(crashes))}/$SLURM_JOB_ID"
     return [
+        # Since SLURM 22.05 srun does not take the batch script's cores for its own.
+        "[ -z $SLURM_CPUS_PER_TASK ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         f"mkdir -p {shlex.quote(str(crashes))}; touch {count}",
         f"export DYTRUN_RESTARTS_LEFT=$(({most} - $(wc -l < {count})))",
         "dytrun_leave() {",
         "  code=$?; job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
         "  [ $code -ne 0 ] && [ $DYTRUN_RESTARTS_LEFT -gt 0 ] || return",
         # scancel ends the script too; the controller calls a job COMPLETING before it tells it, and would requeue it.
-        "  case $(squeue --noheader --jobs=$job --format=%T) in",
-        f"    RUNNING | SIGNALING) echo $code >> {count}; scontrol requeue $job ;;",
-        "  esac",
+        "  state=$(squeue --noheader --jobs=$job --format=%T)",
+        '  echo "dytrun: exit code $code of a job that is $state, starts left: $DYTRUN_RESTARTS_LEFT"',
+        f"  case $state in RUNNING | SIGNALING) echo $code >> {count}; scontrol requeue $job ;; esac",
         "}",
         "trap dytrun_leave EXIT",
     ]
@@ -170,39 +171,43 @@ def _still_queued(records: Path, names: Sequence[str]) -> dict[str, tuple[str, P
 
 
 def _wait(jobs: Mapping[str, Job], ids: Mapping[str, tuple[str, Path]], folder: Path) -> None:
-    """Follow the jobs until each has noted how it ended, or is nowhere to be found."""
-    absent = dict.fromkeys(jobs, 0)
+    """Follow the jobs until SLURM has none of them any more, and take over their notes on how they ended."""
     if not jobs:
         return
+    absent = dict.fromkeys(jobs, 0)
     with Board(list(jobs.values()), f"{len(jobs)} runs on SLURM") as board:
         while left := [name for name, job in jobs.items() if job.outcome is None]:
             states = _states([ids[name][0] for name in left])
             for name in left:
+                if states is None:  # SLURM does not answer: later
+                    break
                 job_id, notes = ids[name]
-                ended = outcomes(notes).get(name)
-                if ended is None and states is not None:
-                    absent[name] = 0 if job_id in states else absent[name] + 1
-                if ended is None and absent[name] >= _POLLS_TO_GIVE_UP:
-                    ended = Outcome(name, "failed", (_last_words(job_id, notes / "jobs" / job_id),))
-                if ended is not None:
+                absent[name] = 0 if job_id in states else absent[name] + 1
+                if absent[name] == 0:
+                    _show(jobs[name], job_id, states[job_id])
+                elif (ended := outcomes(notes).get(name) or _given_up(name, job_id, notes, absent[name])) is not None:
                     ended.save(folder / "outcomes")
                     jobs[name].end(ended)
-                elif states is not None and job_id in states:
-                    _show(jobs[name], job_id, states[job_id])
             board.refresh()
             time.sleep(_POLL_S)
 
 
-def _last_words(job_id: str, logs: Path) -> str:
-    """Say what is known of a job that has ended and noted nothing: what SLURM and the end of its log tell."""
+def _given_up(name: str, job_id: str, notes: Path, polls: int) -> Outcome | None:
+    """Return what is known of a job that has left the queue without a note, once it is clear that none will come."""
+    if polls < _POLLS_TO_ASK:  # a job that is put back into the queue is in no list for a moment
+        return None
     done = subprocess.run(
         ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True, check=False
     )
-    state = dict(re.findall(r"(JobState|ExitCode)=(\S+)", done.stdout))
-    known = f" ({state['JobState']}, exit code {state['ExitCode']})" if len(state) == 2 else ""
+    known = dict(re.findall(r"(JobState|ExitCode)=(\S+)", done.stdout))
+    state = known.get("JobState", "unknown")
+    if state in ("COMPLETED", "unknown") and polls < _POLLS_TO_GIVE_UP:  # a shared disk shows a new file late
+        return None
+    logs = notes / "jobs" / job_id
     lines = [line for path in sorted(logs.glob("*.err")) for line in path.read_text(errors="replace").splitlines()]
     said = f": {lines[-1]}" if lines else ""
-    return f"SLURM job {job_id} ended without a result{known}{said}; see {logs}"
+    ended = f"SLURM job {job_id} ended without a result ({state}, exit code {known.get('ExitCode', 'unknown')}){said}"
+    return Outcome(name, "failed", (f"{ended}; see {logs}",))
 
 
 def _show(job: Job, job_id: str, state: str) -> None:

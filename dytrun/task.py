@@ -79,11 +79,14 @@ class Task:
         except ranks.Stopped as error:
             found = Outcome(name, "stopped", (str(error),))
         except Exception as error:
-            if launch.will_restart():
-                raise
             first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed) else (
                 first_line(error), "", traceback.format_exc())  # fmt: skip
             found = Outcome(name, "failed", (first,), trace)
+            if launch.is_batch_job():
+                # So that the job itself fails, and is perhaps started again.
+                if not launch.will_restart():
+                    self._note(found)
+                raise
         self._note(found)
         return found.value
 

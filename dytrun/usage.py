@@ -17,7 +17,7 @@ EXAMPLES = {
         "dytrun train experiment=quickstart",
         "dytrun train model=vit_b norm=dyt data.root=/data/imagenet",
         "dytrun train -m model=vit_b norm=ln,dyt seed=0,1,2 precision=bf16",
-        "dytrun train -m model=vit_b norm=dyt norm.alpha_init=0.1,0.3,0.5,0.8,1.2",
+        "dytrun train -m model=vit_b norm=dyt norm.alpha_init=0.1,0.3,0.5,0.8 hydra/launcher=local_pool",
         "dytrun train model=vit_b norm=dyt init_from=ln.safetensors norm.calibrate=true epochs=30",
     ),
     "eval": (
@@ -60,6 +60,10 @@ def command_help(verb: str, config_dir: str | None) -> str:
                 lines += [f"    {path.stem:<{width}}  {_summary(path)}" for path in options]
                 if group.name != "experiment":
                     lines.append(f"    keys: {' '.join(_keys(group))}")
+        lines += ["", "Launchers (with -m, hydra/launcher=option; without one, one run after the other):"]
+        for path in sorted((CONF / "hydra" / "launcher").glob("*.yaml")):
+            names = [line.partition(":")[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
+            lines += [f"  {path.stem:<10}  {_summary(path)}", f"    keys: hydra.launcher.{{{' '.join(names)}}}"]
     lines += ["", "Keys (key=value, section.key=value):"]
     body = (CONF / f"{verb}.yaml").read_text().partition("hydra_logging: none\n")[2].partition("\nhydra:")[0]
     lines += [f"  {line}" if line else "" for line in body.strip().splitlines()]

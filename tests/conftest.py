@@ -1,8 +1,11 @@
 """Shared pieces of the tests: configurations composed by the real command line, real processes, real image files."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,3 +86,55 @@ def image_tree(tmp_path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """Return the records of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def only(directory: Path, pattern: str = "*") -> Path:
+    """Return the one run of a directory."""
+    (found,) = (path.parent for path in directory.glob(f"{pattern}/config.json"))
+    return found
+
+
+def processes() -> list[tuple[int, str]]:
+    """Return (pid, command line) of every process that can be seen."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append((int(path.parent.name), path.read_bytes().decode(errors="replace")))
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    """Return a process's parent, its parent, and so on."""
+    found = []
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            status = Path(f"/proc/{pid}/status").read_text()
+            pid = int(status.partition("PPid:")[2].split()[0])
+            found.append(pid)
+    return found
+
+
+def wait_for_title(title: str, ancestor: int, timeout_s: float = 60) -> int:
+    """Return the process under `ancestor` whose title begins so, once there is one."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        for pid, command in processes():
+            if command.startswith(title) and ancestor in ancestors(pid):
+                return pid
+        time.sleep(0.05)
+    raise TimeoutError(f"no process {title!r} under {ancestor}")
+
+
+def alive_in_group(group: int) -> bool:
+    """Whether a process group has a process left that is no zombie."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False

@@ -48,3 +48,43 @@ def test_every_block_is_compiled_whatever_its_drop_path():
 def test_a_model_without_blocks_is_not_compiled_block_by_block():
     with pytest.raises(UserError, match=r"machine\.compile: this model has no blocks"):
         compile_model(torch.nn.Linear(2, 2), "blocks")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "setting", "found"),
+    [
+        (2, {}, "auto", ([0, 1], 2)),
+        (4, {}, [1, 3], ([1, 3], 2)),
+        # torchrun, or SLURM with --gpus-per-node: each rank sees all, and takes the one of its place
+        (2, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "auto", ([0, 1], 4)),
+        # SLURM with --gpus-per-task: each rank sees its own alone, as device 0
+        (1, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "SLURM_LOCALID": "1"}, "auto",
+         ([0], 4)),
+    ],
+)  # fmt: skip
+def test_a_rank_finds_its_gpu(monkeypatch, gpus, env, setting, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert machine.resolve_devices(setting) == found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "setting", "said"),
+    [
+        (2, {}, 3, "machine.devices: 3 is more than the 2 GPU(s) here"),
+        (2, {}, [0, 2], "machine.devices: [0, 2] is more than the 2 GPU(s) here"),
+        (1, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "auto", "2 ranks share 1 GPU(s)"),
+        (4, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4, "4, but 2 rank(s) were started on this machine"),
+        (0, {}, 10**6, "1000000 ranks are too many for the"),
+    ],
+)
+def test_devices_that_are_not_there(monkeypatch, gpus, env, setting, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="devices") as raised:
+        machine.resolve_devices(setting)
+    assert said in str(raised.value)

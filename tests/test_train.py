@@ -1,6 +1,5 @@
 """The whole path in real processes: a sweep over both arms, its files, its report; ranks; faults; W&B offline."""
 
-import contextlib
 import json
 import math
 import os
@@ -13,21 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, dytrun
+from conftest import TINY, alive_in_group, ancestors, dytrun, lines, only, processes, wait_for_title
 
 from dytrun.data import epoch_order
 from dytrun.records import METRICS, RunResult
 
 pytestmark = pytest.mark.slow
-
-
-def lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def only(directory: Path, pattern: str = "*") -> Path:
-    (found,) = (path.parent for path in directory.glob(f"{pattern}/config.json"))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +118,7 @@ def test_eval_counts_the_same(sweep):
 
 
 def test_one_and_two_ranks_see_the_same_images_and_losses(tmp_path):
-    """What depends on how a batch is split (mixing partners, drop-path) is off in TINY."""
+    """With accumulation, a tail that fills no batch, and EMA; mixing partners and drop-path depend on the split."""
     overrides = [
         *TINY,
         "norm=dyt",
@@ -137,28 +127,80 @@ def test_one_and_two_ranks_see_the_same_images_and_losses(tmp_path):
         "tracking.log_every_steps=1",
         "machine.max_batch_per_rank=8",
     ]
-    losses = {}
+    losses, results = {}, {}
     for ranks in (1, 2):
         done = dytrun("train", *overrides, f"machine.devices={ranks}", f"runs_dir=runs{ranks}")
         assert done.returncode == 0, done.stderr
-        assert RunResult.load(only(tmp_path / f"runs{ranks}") / "result.json").ranks == ranks
+        results[ranks] = RunResult.load(only(tmp_path / f"runs{ranks}") / "result.json")
+        assert results[ranks].ranks == ranks
         losses[ranks] = [line["train/loss"] for line in lines(only(tmp_path / f"runs{ranks}")) if "train/loss" in line]
-    assert losses[1][:20] == pytest.approx(losses[2][:20], abs=1e-5)
+    assert losses[1] == pytest.approx(losses[2], abs=1e-5)
+    assert len(losses[1]) == 44
+    assert results[1].val_loss == pytest.approx(results[2].val_loss, abs=1e-5)
+    assert results[1].weights_sha256["start"] == results[2].weights_sha256["start"]
+    assert results[1].weights_sha256["end"] != results[1].weights_sha256["start"]
 
 
-def test_torchrun_joins(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
-         "-m", "dytrun", "train", *TINY, "norm=dyt"],
-        capture_output=True, text=True, timeout=200, check=False,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert RunResult.load(only(tmp_path / "runs") / "result.json").ranks == 2
-    assert done.stdout.count("top-1 / top-5") == 1
+def test_torchrun_on_two_nodes_joins_where_the_first_one_is(tmp_path):
+    """Two agents as on two machines: each in a directory of its own, and only the first one's is written to."""
+    args = ["train", *TINY, "norm=dyt", "epochs=2"]
+
+    def launch() -> list[tuple[int, str, str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        agents = []
+        for node in (0, 1):
+            (tmp_path / f"node{node}").mkdir(exist_ok=True)
+            command = ["torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
+                       "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "dytrun", *args]  # fmt: skip
+            agents.append(subprocess.Popen(
+                [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                cwd=tmp_path / f"node{node}", env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+            ))  # fmt: skip
+        said = [agent.communicate(timeout=200) for agent in agents]
+        return [(agent.returncode, *texts) for agent, texts in zip(agents, said, strict=True)]
+
+    ended = launch()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    path = only(tmp_path / "node0" / "runs") / "result.json"
+    result = RunResult.load(path)
+    assert result.ranks == 2
+    assert [out.count("top-1 / top-5") for _, out, _ in ended] == [1, 0]
+    # Its last checkpoint is there for the first node alone.
+    path.unlink()
+    ended = launch()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    again = RunResult.load(path)
+    assert (again.top1, again.weights_sha256) == (result.top1, result.weights_sha256)
+    ended = launch()
+    assert ["finished already" in out for _, out, _ in ended] == [True, False]
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert not list((tmp_path / "node1").iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path, rank):
+    args = ["train", *TINY, "norm=ln", "epochs=400", "machine.devices=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dytrun", *args], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    victim = wait_for_title(f"dytrun: rank {rank} of 2, ", process.pid)
+    for _ in range(600):
+        if list(tmp_path.glob("runs/*/checkpoints/step-*")):
+            break
+        time.sleep(0.1)
+    begun = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 15
+    assert process.returncode == 1
+    assert f"rank {rank} died: SIGKILL, process {victim}" in err
+    assert "Traceback" not in err
+    assert not alive_in_group(process.pid)
+    result = RunResult.load(only(tmp_path / "runs") / "result.json")
+    assert result.status == "failed"
+    assert result.message.startswith(f"rank {rank} died: SIGKILL")
 
 
 def test_norms_with_statistics_are_arms_too(tmp_path):
@@ -242,17 +284,9 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     )  # fmt: skip
 
 
-def is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize(("how", "code"), [("ctrl-c", 75), ("terminate", 75), ("kill", -signal.SIGKILL)])
 def test_stopping_leaves_no_process_and_no_noise(tmp_path, how, code):
-    args = ["train", *TINY, "norm=ln", "epochs=400", "machine.workers=1"]
+    args = ["train", *TINY, "norm=ln", "epochs=400", "machine.workers=1", "machine.devices=2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -266,10 +300,10 @@ def test_stopping_leaves_no_process_and_no_noise(tmp_path, how, code):
         os.kill(process.pid, signal.SIGTERM if how == "terminate" else signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    until = time.time() + 10
-    while is_alive(process.pid) and time.time() < until:
+    until = time.time() + 5
+    while alive_in_group(process.pid) and time.time() < until:
         time.sleep(0.2)
-    assert not is_alive(process.pid)
+    assert not alive_in_group(process.pid)
     if code == 75:
         assert "type the command again" in err
         assert "Traceback" not in err
@@ -316,25 +350,6 @@ def test_wandbs_service_dying_ends_no_run(tmp_path):
     assert RunResult.load(run_dir / "result.json").status == "finished"
     assert "W&B is left out from here" in out
     assert len([line for line in lines(run_dir) if "val/top1" in line]) == 60
-
-
-def processes() -> list[tuple[int, str]]:
-    """Return (pid, command line) of every process that can be seen."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            found.append((int(path.parent.name), path.read_bytes().decode(errors="replace")))
-    return found
-
-
-def ancestors(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(OSError):
-        while pid > 1:
-            status = Path(f"/proc/{pid}/status").read_text()
-            pid = int(status.partition("PPid:")[2].split()[0])
-            found.append(pid)
-    return found
 
 
 def test_compiled_blocks_train(tmp_path):

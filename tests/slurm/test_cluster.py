@@ -11,25 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dytrun.slurm import restart_lines
 from slurm import cluster as module
 from slurm.cluster import Cluster, ClusterError
 
-# Run a batch script again when it fails. A job that is being cancelled, has run out of time, or is requeued by SLURM
-# itself is COMPLETING by then, and `scontrol requeue` would bring even a cancelled one back: hence the question.
-# SIGNALING is RUNNING with a signal on its way. An element of an array is named by the array, because the last
-# element's own number is that of the whole array.
-RETRY = """
-retry() {
-    code=$?
-    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-    job=${job:-$SLURM_JOB_ID}
-    [ $code -ne 0 ] && [ ${SLURM_RESTART_COUNT:-0} -lt LIMIT ] || return
-    state=$(squeue --noheader --jobs=$job --format=%T)
-    echo "exit code $code of a job that is $state"
-    case $state in RUNNING | SIGNALING) scontrol requeue $job ;; esac
-}
-trap retry EXIT
-"""
 REMAINS = "while :; do sleep 0.1; done"  # whatever signals the shell traps and sleep dies of
 
 
@@ -38,6 +23,11 @@ def gpu_cluster(needs_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """Two GPUs a node, at a site that warns by SIGTERM alone."""
     with Cluster(tmp_path_factory.mktemp("gpu"), gpus=2, preempt_user_signal=False) as cluster:
         yield cluster
+
+
+def retry(most: int) -> str:
+    """Return the lines with which dytrun has a batch script run again when it fails."""
+    return "\n".join([*restart_lines(Path("crashes").resolve(), most), ""])
 
 
 def submit(cluster: Cluster, name: str, script: str, *options: str) -> str:
@@ -113,7 +103,7 @@ def test_more_than_there_is_is_refused(gpu_cluster, options):
 
 def test_crashed_job_is_run_again(cluster):
     """Once, twice, never and in an array, at the same time."""
-    trap = RETRY.replace("LIMIT", "1")
+    trap = retry(1)
     once = submit(cluster, "once", f"{trap} [ $SLURM_RESTART_COUNT ] || srun sh -c 'kill -9 $$'")
     always = submit(cluster, "always", f"{trap} srun sh -c 'exit 7'")
     never = submit(cluster, "never", f"{trap} srun true")
@@ -128,7 +118,7 @@ def test_crashed_job_is_run_again(cluster):
 
 def test_cancelled_job_stays_cancelled(cluster):
     """Whatever the script does about SIGTERM, and whatever code it ends with; without the question it would return."""
-    trap = RETRY.replace("LIMIT", "3")
+    trap = retry(3)
     scripts = {
         "plain": f"{trap} false; srun sleep 60",
         "trapped": f"{trap} trap 'echo TERM' TERM; srun sleep 60",

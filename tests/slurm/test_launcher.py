@@ -1,0 +1,211 @@
+"""hydra/launcher=slurm on a real SLURM: a sweep as a job array, ranks on two nodes, crashes, cancels, wrong fields."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, dytrun, only, processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from submitit.slurm.slurm import _make_sbatch_string
+
+from dytrun import slurm
+from dytrun.errors import UserError
+from dytrun.launcher_config import SlurmConfig, checked
+from dytrun.records import RunResult
+
+SLURM = ("hydra/launcher=slurm", "hydra.launcher.timeout_min=10")
+DEFAULTS = {
+    "name": "dytrun", "timeout_min": 720, "nodes": 1, "array_parallelism": 256, "signal_delay_s": 120,
+    "max_num_timeout": 100, "max_restarts": 3, "stderr_to_stdout": False, "setup": [], "additional_parameters": {},
+} | dict.fromkeys(
+    ["partition", "account", "qos", "constraint", "exclude", "gres", "comment", "tasks_per_node", "gpus_per_node",
+     "gpus_per_task", "cpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_gpu", "mem_per_cpu"]
+)  # fmt: skip
+
+
+def results(runs: Path) -> dict[str, RunResult]:
+    return {path.parent.name: RunResult.load(path) for path in runs.glob("*/result.json")}
+
+
+def start(cluster, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dytrun", "train", "-m", *TINY, *SLURM, *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | cluster.env,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(runs: Path, timeout_s: float = 90) -> None:
+    until = time.monotonic() + timeout_s
+    while not list(runs.glob("*/checkpoints/step-*")):
+        assert time.monotonic() < until, "no checkpoint"
+        time.sleep(0.1)
+
+
+def test_an_array_of_three_and_two_nodes_with_two_ranks_end_as_here(cluster, tmp_path):
+    """The same weights to the bit, from the same command line but for the launcher."""
+    sweep = ["norm=dyt", "norm.alpha_init=0.3,0.5,1.0"]
+    array = dytrun("train", "-m", *TINY, *SLURM, *sweep, "runs_dir=array", env=cluster.env)
+    assert array.returncode == 0, array.stderr
+    jobs = array.stdout.split("submitted ")[1].split(";")[0].split(", ")
+    assert [job.split("_")[1] for job in jobs] == ["0", "1", "2"]
+    assert len({job.split("_")[0] for job in jobs}) == 1, "one array"
+    here = dytrun("train", "-m", *TINY, *sweep, "runs_dir=here")
+    assert here.returncode == 0, here.stderr
+    there = results(tmp_path / "array")
+    assert len(there) == 3
+    for name, local in results(tmp_path / "here").items():
+        assert (there[name].weights_sha256, there[name].top1) == (local.weights_sha256, local.top1)
+
+    spread = ["norm=dyt", "seed=1", "machine.max_batch_per_rank=4"]
+    ranks = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=2"]
+    two_by_two = dytrun("train", "-m", *TINY, *SLURM, *ranks, *spread, "runs_dir=spread", env=cluster.env)
+    assert two_by_two.returncode == 0, two_by_two.stderr
+    assert "on n[1-2]" in two_by_two.stdout
+    assert dytrun("train", *TINY, *spread, "machine.devices=4", "runs_dir=four").returncode == 0
+    (remote,), (local,) = results(tmp_path / "spread").values(), results(tmp_path / "four").values()
+    assert remote.ranks == local.ranks == 4
+    assert (remote.weights_sha256, remote.val_loss) == (local.weights_sha256, local.val_loss)
+
+    again = dytrun("train", "-m", *TINY, *SLURM, *sweep, "runs_dir=array", env=cluster.env)
+    assert (again.returncode, again.stdout.count("finished already"), "submitted" in again.stdout) == (0, 3, False)
+    assert not list((tmp_path / "array").glob(".sweeps/*/*"))
+
+
+def test_a_crashed_rank_starts_its_job_again_and_ends_as_undisturbed(cluster, tmp_path):
+    run = ["norm=dyt", "epochs=30", "hydra.launcher.nodes=2"]
+    driver = start(cluster, *run)
+    wait_for_checkpoint(tmp_path / "runs")
+    victims = [pid for pid, command in processes() if command.startswith("dytrun: rank 1 of 2, SLURM")]
+    os.kill(victims[0], signal.SIGKILL)
+    out, err = driver.communicate(timeout=200)
+    assert driver.returncode == 0, err
+    assert "pending" in out
+    assert dytrun("train", *TINY, *run[:2], "machine.devices=2", "runs_dir=whole").returncode == 0
+    (disturbed,), (whole,) = results(tmp_path / "runs").values(), results(tmp_path / "whole").values()
+    assert (disturbed.weights_sha256, disturbed.top1) == (whole.weights_sha256, whole.top1)
+
+
+def test_a_job_that_always_crashes_ends_after_the_bound_and_hides_no_other(cluster, tmp_path):
+    """Its directory of checkpoints is a file: an error that nobody foresees, in every start."""
+    broken = "vit_tiny_patch16_224-ln-digits-s0"
+    name = dytrun("train", *TINY, "norm=ln", "dry_run=true").stdout.split("runs/")[1].split()[0]
+    assert name.startswith(broken)
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "checkpoints").write_text("")
+    done = dytrun("train", "-m", *TINY, *SLURM, "norm=ln,dyt", "hydra.launcher.max_restarts=1", env=cluster.env)
+    assert done.returncode == 1
+    assert f"dytrun: {name}: " in done.stderr
+    assert "1 of 2 runs failed" in done.stderr
+    assert sorted(result.status for result in results(tmp_path / "runs").values()) == ["failed", "finished"]
+    (log,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*_0/*_log.err")
+    (out,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*_0/*_0_log.out")
+    assert out.read_text().count("starts left: 1") == 1
+    assert log.read_text().count("Submitted job triggered an exception") == 2
+
+
+def test_a_job_goes_on_without_its_driver_and_is_found_again(cluster, tmp_path):
+    run = ["norm=ln", "epochs=40"]
+    driver = start(cluster, *run)
+    wait_for_checkpoint(tmp_path / "runs")
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 75
+    assert "goes on as SLURM job" in err
+    assert "Traceback" not in err
+    again = start(cluster, *run)
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert "submitted" not in out
+    assert [result.status for result in results(tmp_path / "runs").values()] == ["finished"]
+
+
+def test_a_cancelled_job_does_not_come_back(cluster, tmp_path):
+    driver = start(cluster, "norm=ln", "epochs=400")
+    wait_for_checkpoint(tmp_path / "runs")
+    (job,) = [job["JobId"] for job in cluster.jobs().values() if job["JobState"] == "RUNNING"]
+    cluster.run("scancel", job)
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 1, out
+    assert "ended without a result (CANCELLED" in err
+    assert cluster.jobs()[job]["Restarts"] == "0"
+
+
+def test_a_preempted_job_goes_on_from_its_checkpoint(cluster, tmp_path):
+    driver = start(cluster, "norm=ln", "epochs=60")
+    wait_for_checkpoint(tmp_path / "runs")
+    high = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
+                       "--wrap=true").strip()  # fmt: skip
+    cluster.wait_for(high, "COMPLETED", 60)
+    out, err = driver.communicate(timeout=200)
+    assert driver.returncode == 0, err
+    assert "pending" in out
+    logs = "".join(path.read_text() for path in only(tmp_path / "runs").parent.glob(".sweeps/*/jobs/*/*"))
+    assert dytrun("train", *TINY, "norm=ln", "epochs=60", "runs_dir=whole").returncode == 0
+    (disturbed,), (whole,) = results(tmp_path / "runs").values(), results(tmp_path / "whole").values()
+    assert disturbed.weights_sha256 == whole.weights_sha256, logs
+
+
+def test_what_sbatch_refuses_is_one_line(cluster, tmp_path):
+    done = dytrun("train", "-m", *TINY, *SLURM, "hydra.launcher.partition=nope", env=cluster.env)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Invalid partition name specified" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"name": "a\ntouch x"}, "hydra.launcher.name: 'a\\ntouch x' holds characters"),
+        ({"partition": "low;touch x"}, "hydra.launcher.partition: 'low;touch x' holds characters"),
+        ({"comment": "$(touch x)"}, "hydra.launcher.comment"),
+        ({"setup": ["true\ntouch x"]}, "hydra.launcher.setup"),
+        ({"additional_parameters": {"mail type": "END"}}, "hydra.launcher.additional_parameters.mail type"),
+        ({"additional_parameters": {"mail-type": "a\nb"}}, "hydra.launcher.additional_parameters.mail-type"),
+        ({"additional_parameters": {"array": "0-9"}}, "array is set by dytrun"),
+        ({"nodes": 0}, "hydra.launcher.nodes: 0"),
+        ({"timeout_min": 2}, "hydra.launcher.signal_delay_s: the warning 120 s before the end of a job of 2 min"),
+        ({"gpus_per_node": 8, "tasks_per_node": 4}, "hydra.launcher.tasks_per_node: 4 ranks for 8 GPUs"),
+        ({"gpus_per_task": 2}, "hydra.launcher.gpus_per_task: 2"),
+    ],
+)
+def test_wrong_fields_are_refused(changed, said):
+    with pytest.raises(UserError) as raised:
+        checked(SlurmConfig, DEFAULTS | changed)
+    assert len(raised.value.problems) == 1
+    assert said in raised.value.problems[0]
+
+
+def test_other_launchers_of_submitit_are_checked_too():
+    for values in ({"name": "a\nb"}, {"additional_parameters": {"a\nb": 1}}, {"additional_parameters": {"a": "x;y"}}):
+        with pytest.raises(UserError, match="holds characters that no field"):
+            slurm.check("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher", values)
+
+
+def test_a_rank_a_gpu():
+    assert checked(SlurmConfig, DEFAULTS | {"gpus_per_node": 8}).ranks_per_node == 8
+    assert checked(SlurmConfig, DEFAULTS | {"gpus_per_task": 1, "tasks_per_node": 4}).ranks_per_node == 4
+    assert checked(SlurmConfig, DEFAULTS).ranks_per_node == 1
+
+
+@settings(max_examples=300)
+@given(st.text(st.characters(codec="utf-8"), max_size=30), st.sampled_from(["partition", "comment", "qos", "name"]))
+def test_no_text_reaches_the_script_as_anything_else(text, field):
+    """Either it is refused, or bash reads back the very text from the one line that it stands on."""
+    try:
+        chosen = getattr(checked(SlurmConfig, DEFAULTS | {field: text}), field)
+    except UserError:
+        return
+    flag = "job_name" if field == "name" else field
+    plain = _make_sbatch_string(command="true", folder="/tmp", **{flag: "x"})
+    script = _make_sbatch_string(command="true", folder="/tmp", **{flag: chosen})
+    assert len(script.splitlines()) == len(plain.splitlines())
+    start = f"#SBATCH --{flag.replace('_', '-')}="
+    (line,) = [line for line in script.splitlines() if line.startswith(start)]
+    assert shlex.split(line.removeprefix(start)) == ([text] if text else [])

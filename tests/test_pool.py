@@ -1,0 +1,118 @@
+"""hydra/launcher=local_pool in real processes: several runs at once, one killed, one diverging, all typed again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, alive_in_group, dytrun, only, wait_for_title
+
+from dytrun import machine
+from dytrun.errors import UserError
+from dytrun.launcher_config import PoolConfig
+from dytrun.records import RunResult
+
+POOL = ("hydra/launcher=local_pool", "hydra.launcher.jobs=2", "runs_dir=runs")
+
+
+def statuses(runs: Path) -> list[str]:
+    return sorted(RunResult.load(path).status for path in runs.glob("*/result.json"))
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_diverging_job_leave_the_others_alone(tmp_path):
+    args = ["train", "-m", *TINY, *POOL, "norm=ln,dyt", "optim.lr=1e-3,1e30", "optim.min_lr=0", "epochs=20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dytrun", *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        os.kill(wait_for_title("dytrun: job vit_tiny_patch16_224-ln", process.pid), signal.SIGKILL)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 1, err
+    assert statuses(tmp_path / "runs") == ["diverged", "diverged", "finished"]
+    (said,) = [line for line in err.splitlines() if "SIGKILL" in line]
+    killed = said.split(": ")[1]
+    assert killed.startswith("vit_tiny_patch16_224-ln-digits-s0-")
+    assert "1 of 4 runs failed" in err
+    table = out[out.rindex("4 runs, 2 at a time") :]
+    assert [word for word in ("failed", "finished", "diverged") if word in table] == ["failed", "finished", "diverged"]
+    assert not alive_in_group(process.pid)
+    assert list((tmp_path / "runs").glob(f".sweeps/*/logs/{killed}.log")), "the log of what failed is kept"
+
+    again = dytrun(*args)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count(" running (core") == 1
+    assert again.stdout.count("already; remove") == 3
+    assert statuses(tmp_path / "runs") == ["diverged", "diverged", "finished", "finished"]
+
+    alone = dytrun("train", *TINY, "norm=ln", "epochs=20", "optim.min_lr=0", "runs_dir=alone")
+    assert alone.returncode == 0
+    one = RunResult.load(only(tmp_path / "alone") / "result.json")
+    other = RunResult.load(tmp_path / "runs" / only(tmp_path / "alone").name / "result.json")
+    assert (one.weights_sha256, one.top1) == (other.weights_sha256, other.top1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_stopping_the_pool_ends_every_job(tmp_path, how):
+    args = ["train", "-m", *TINY, *POOL, "norm=ln", "seed=0,1,2", "epochs=400", "machine.devices=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dytrun", *args], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until = time.time() + 100
+    while len(list(tmp_path.glob("runs/*/checkpoints/step-*"))) < 2 and time.time() < until:
+        time.sleep(0.1)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    until = time.time() + 5
+    while alive_in_group(process.pid) and time.time() < until:
+        time.sleep(0.1)
+    assert not alive_in_group(process.pid)
+    if how == signal.SIGTERM:
+        assert process.returncode == 75, err
+        assert "was not started" in err
+        assert "type the command again" in err
+        assert "Traceback" not in err
+        assert statuses(tmp_path / "runs") == ["interrupted", "interrupted"]
+
+
+@pytest.mark.slow
+def test_a_job_with_wrong_input_says_so_and_the_others_finish(tmp_path):
+    done = dytrun("train", "-m", *TINY, *POOL, "norm=ln", "global_batch=32,2000")
+    assert done.returncode == 2, done.stderr
+    assert "global_batch: 2000 is more than the 1437 training images" in done.stderr
+    assert statuses(tmp_path / "runs") == ["finished"]
+
+
+def slots_of(monkeypatch, cores: int, gpus: int, **settings) -> list[str]:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    values = {"jobs": "auto", "gpus_per_job": 1, "cores_per_job": "auto"} | settings
+    return [str(slot) for slot in machine.slots(PoolConfig.model_validate(values))]
+
+
+def test_the_machine_is_shared_out(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert slots_of(monkeypatch, 2, 0) == ["core 0", "core 1"]
+    assert slots_of(monkeypatch, 5, 0, jobs=2) == ["core 0,1", "core 2,3"]
+    assert slots_of(monkeypatch, 16, 8, gpus_per_job=4) == ["GPU 0,1,2,3", "GPU 4,5,6,7"]
+    assert slots_of(monkeypatch, 6, 8, cores_per_job=3) == ["GPU 0", "GPU 1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ab, 3")
+    assert slots_of(monkeypatch, 4, 2) == ["GPU GPU-ab", "GPU 3"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "settings"),
+    [(2, 0, {"jobs": 3}), (2, 0, {"cores_per_job": 3}), (64, 2, {"jobs": 3}), (64, 2, {"gpus_per_job": 3})],
+)
+def test_more_jobs_than_fit_are_refused(monkeypatch, cores, gpus, settings):
+    with pytest.raises(UserError, match=r"hydra\.launcher\.jobs: \d at a time do not fit, for this machine has"):
+        slots_of(monkeypatch, cores, gpus, **settings)
