@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from setproctitle import getproctitle, setproctitle
+from setproctitle import getproctitle, setproctitle, setthreadtitle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -172,6 +172,7 @@ def _start_worker(_: int) -> None:
     """Compute on one thread, and end at once when the rank does, however it ends."""
     torch.set_num_threads(1)
     setproctitle(getproctitle().replace("dytrun: ", "dytrun: loader of ", 1))
+    setthreadtitle("dytrun-loader")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

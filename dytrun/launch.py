@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setproctitle import setproctitle
-
 from dytrun import ranks
 from dytrun.config import EvalConfig, RunConfig
 from dytrun.errors import UserError, first_line
@@ -54,7 +52,7 @@ def join(folder: Path) -> None:
         "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
         "DYTRUN_RENDEZVOUS": str(folder / f"rendezvous-{job.job_id}-{start}"),
     }
-    setproctitle(f"dytrun: rank {job.global_rank} of {job.num_tasks}, SLURM job {job.job_id}")
+    ranks.show_title(f"rank {job.global_rank} of {job.num_tasks}, SLURM job {job.job_id}")
 
 
 def is_batch_job() -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from setproctitle import setproctitle
+from setproctitle import setproctitle, setthreadtitle
 
 from dytrun.errors import UserError
 
@@ -134,7 +134,15 @@ def _bind_to(launcher: int, title: str) -> None:
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
     # A shell's background job ignores SIGINT, and its children would too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    show_title(title)
+
+
+def show_title(title: str) -> None:
+    """Show in ps and top what this process is."""
     setproctitle(f"dytrun: {title}")
+    # The short name, which setproctitle sets too, may hold no blanks: SLURM's proctrack/linuxproc, which finds a
+    # job's processes in /proc/*/stat, would not see this one, and not end it.
+    setthreadtitle("dytrun")
 
 
 def _leave_with(pid: int) -> None:

@@ -83,10 +83,11 @@ class Task:
                 first_line(error), "", traceback.format_exc())  # fmt: skip
             found = Outcome(name, "failed", (first,), trace)
             if launch.is_batch_job():
-                # So that the job itself fails, and is perhaps started again.
+                # The job itself must fail, so that it is started again; Hydra would keep an exception to itself.
                 if not launch.will_restart():
                     self._note(found)
-                raise
+                traceback.print_exc()
+                raise SystemExit(FAILED) from None
         self._note(found)
         return found.value
 

@@ -190,6 +190,8 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path, rank):
         if list(tmp_path.glob("runs/*/checkpoints/step-*")):
             break
         time.sleep(0.1)
+    # SLURM's proctrack/linuxproc cannot read a name with blanks, and would not end the process.
+    assert Path(f"/proc/{victim}/comm").read_text() == "dytrun\n"
     begun = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=60)

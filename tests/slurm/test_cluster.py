@@ -60,32 +60,6 @@ def test_the_nodes_names_resolve(cluster):
     assert "127.0.0.1" in cluster.run("srun", "--nodes=1", "getent", "hosts", "n2")
 
 
-def test_preempted_job_gets_its_signal_and_comes_back(cluster):
-    """The job asked for USR2, ignores it, and is put back by SLURM when the grace time is over."""
-    body = f"srun bash -c 'trap \"echo USR2\" USR2; echo started; [ $SLURM_RESTART_COUNT ] || {REMAINS}'"
-    low = submit(cluster, "low", body, "--nodes=2", "--exclusive", "--signal=USR2@60")
-    wait_to_read("low", "started")
-    high = submit(cluster, "high", "true", "--partition=high", "--nodes=2", "--exclusive")
-    cluster.wait_for(high, "COMPLETED", 40)
-    assert cluster.wait_for(low, "COMPLETED", 40)["Restarts"] == "1"
-    assert said("low").count("USR2\n") == 2  # one a task
-    assert "DUE TO PREEMPTION" in said("low")
-
-
-def test_preempted_job_may_leave_by_itself(gpu_cluster):
-    """Without the site's user signal the warning is SIGTERM; a job that then requeues itself gives way at once."""
-    leave = "echo TERM; [ $SLURM_PROCID != 0 ] || scontrol requeue $SLURM_JOB_ID; exit 1"
-    body = f"srun bash -c 'trap \"{leave}\" TERM; echo started; [ $SLURM_RESTART_COUNT ] || {REMAINS}'"
-    low = submit(gpu_cluster, "low", body, "--nodes=2", "--exclusive")
-    wait_to_read("low", "started")
-    began = time.monotonic()
-    high = submit(gpu_cluster, "high", "true", "--partition=high", "--nodes=2", "--exclusive")
-    gpu_cluster.wait_for(high, "COMPLETED", 20)
-    assert time.monotonic() - began < 10
-    assert gpu_cluster.wait_for(low, "COMPLETED", 20)["Restarts"] == "1"
-    assert "TERM\n" in said("low")
-
-
 @pytest.mark.parametrize(
     ("option", "devices"),
     [("--gpus-per-node=2", ["0,1"] * 4), ("--gpus-per-task=1", ["0", "0", "1", "1"])],
