@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dytrun import __version__, compose
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.task import DONE, STOPPED, WRONG_INPUT, Outcome, Task, exit_code, outcomes
 from dytrun.usage import COMMANDS, CONF, command_help, config_dir_of, flag_name, is_bare, usage
 
@@ -82,7 +82,13 @@ def _train(args: list[str]) -> int:
     is_here = _runs_here(found)
     with _folder(None if is_here or first.dry_run else Path(first.runs_dir)) as folder:
         task = Task(str(folder), config_dir_of(args))
-        _hydra("train", [f"hydra.sweep.dir={folder}", *map(compose.addable, args)], task)
+        try:
+            _hydra("train", [f"hydra.sweep.dir={folder}", *map(compose.addable, args)], task)
+        except Exception as error:
+            # A sweeper that searches may give up over a run without a value; what the runs came to is said below.
+            if isinstance(error, UserError) or not outcomes(folder):
+                raise
+            print(f"dytrun: the sweep ended early ({type(error).__name__}: {first_line(error)})", file=sys.stderr)
         ended = outcomes(folder)
     missing = [] if found.is_open else [name for name in names if name not in ended]
     code = exit_code(
@@ -92,7 +98,7 @@ def _train(args: list[str]) -> int:
     if is_several and code != STOPPED and not first.dry_run:
         from dytrun import commands
 
-        commands.close_sweep(Path(first.runs_dir), len(names))
+        commands.close_sweep(Path(first.runs_dir), len(ended) + len(missing))
     return code
 
 

@@ -52,7 +52,7 @@ def join(folder: Path) -> None:
         "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
         "DYTRUN_RENDEZVOUS": str(folder / f"rendezvous-{job.job_id}-{start}"),
     }
-    ranks.show_title(f"rank {job.global_rank} of {job.num_tasks}, SLURM job {job.job_id}")
+    ranks.show_title(f"rank {job.global_rank} of {job.num_tasks}, job {job.job_id}")
 
 
 def is_batch_job() -> bool:

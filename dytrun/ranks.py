@@ -54,6 +54,9 @@ def warm_up(*modules: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if "RANK" in os.environ or _start_method() == "fork":
         return
+    # In a process of joblib's a way of starting processes is set that those which it starts do not know.
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["dytrun.run", *modules])
     multiprocessing.forkserver.ensure_running()
 

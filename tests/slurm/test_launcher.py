@@ -81,7 +81,7 @@ def test_a_crashed_rank_starts_its_job_again_and_ends_as_undisturbed(cluster, tm
     run = ["norm=dyt", "epochs=20", "hydra.launcher.nodes=2"]
     driver = start(cluster, *run)
     wait_for_checkpoint(tmp_path / "runs")
-    victims = [pid for pid, command in processes() if command.startswith("dytrun: rank 1 of 2, SLURM")]
+    victims = [pid for pid, command in processes() if command.startswith("dytrun: rank 1 of 2, job")]
     os.kill(victims[0], signal.SIGKILL)
     out, err = driver.communicate(timeout=200)
     assert driver.returncode == 0, err
