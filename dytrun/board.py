@@ -6,7 +6,7 @@ So it shows the same for a job in another process of this machine and for one on
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -108,10 +108,17 @@ class Board:
 
     def _table(self) -> Table:
         names = ("run", "state", "where", "epoch", "loss", "top-1 %", "images/s", "time")
-        table = Table(*names, title=self._title, title_justify="left")
+        table = Table(title=self._title, title_justify="left")
+        for name in names:
+            table.add_column(name, overflow="fold" if name in ("run", "where") else "ellipsis")
         for job in self._jobs:
             table.add_row(*job.cells())
         return table
+
+
+def counted(runs: Collection[object]) -> str:
+    """Say how many runs there are."""
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
 
 
 def _newest(path: Path) -> Mapping[str, Any]:

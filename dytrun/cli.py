@@ -60,7 +60,7 @@ def _main(args: list[str]) -> int:
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         if verb == "train":
             raise UserError(f"'{rest[0]}' is no key=value; see dytrun train --help")
-        rest[0] = "dir='{}'".format(rest[0].replace("\\", "\\\\").replace("'", "\\'"))
+        rest[0] = f"dir={compose.quoted(rest[0])}"
     if (
         len(rest) > 1
         and verb != "train"
@@ -81,9 +81,9 @@ def _train(args: list[str]) -> int:
                         "its own ranks, or start one torchrun a run")  # fmt: skip
     is_here = _runs_here(found)
     with _folder(None if is_here or first.dry_run else Path(first.runs_dir)) as folder:
-        task = Task(str(folder), config_dir_of(args))
+        task = Task(str(folder), config_dir_of(args), in_turn=is_here)
         try:
-            _hydra("train", [f"hydra.sweep.dir={folder}", *map(compose.addable, args)], task)
+            _hydra("train", [f"hydra.sweep.dir={compose.quoted(folder)}", *map(compose.addable, args)], task)
         except Exception as error:
             # A sweeper that searches may give up over a run without a value; what the runs came to is said below.
             if isinstance(error, UserError) or not outcomes(folder):
@@ -145,6 +145,7 @@ def _folder(runs_dir: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
+    is_ours = not runs_dir.exists()
     try:
         (runs_dir / ".sweeps").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=runs_dir / ".sweeps")).resolve()
@@ -162,7 +163,8 @@ def _folder(runs_dir: Path | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another sweep has something there
                 folder.parent.rmdir()
-                runs_dir.rmdir()
+                if is_ours:
+                    runs_dir.rmdir()
 
 
 def _say_what_failed(ended: Sequence[Outcome], missing: Sequence[str], is_sweep: bool) -> None:

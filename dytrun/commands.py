@@ -71,7 +71,7 @@ def close_sweep(runs_dir: Path, num_runs: int) -> None:
     """Print the table of a directory of runs after a sweep into it, if any of its runs came to a result."""
     if list(runs_dir.glob("*/result.json")):
         show_report(runs_dir, _BASELINE, _CONFIDENCE)
-        terminal.line(f"{num_runs} runs asked for; all runs of {runs_dir} are in the table")
+        terminal.line(f"{num_runs} run(s) asked for; all runs of {runs_dir} are in the table")
 
 
 def show_report(directory: Path, baseline: str, confidence: float) -> None:

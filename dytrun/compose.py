@@ -120,6 +120,12 @@ def plain(cfg: Any) -> Any:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
 
 
+def quoted(text: object) -> str:
+    """Quote a path for Hydra's grammar, in which commas, brackets and the like mean something."""
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+    return f"'{escaped}'"
+
+
 def addable(arg: str) -> str:
     """Let a key be new without a `+`: the model's own arguments are free, and what a norm takes depends on the norm.
 

@@ -170,7 +170,7 @@ class RunConfig(BaseModel):
     init_part: str | None
     """Name of the state dict within the file, where it holds several."""
     published: Published | None
-    runs_dir: Annotated[str, Field(min_length=1)]
+    runs_dir: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
     dry_run: bool
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,17 @@ if TYPE_CHECKING:
 
 
 def is_joined() -> bool:
-    """Whether another launcher (torchrun, SLURM) has started this process as one rank of several."""
+    """Whether another launcher (torchrun, SLURM) has started this process as one rank of several.
+
+    Raises:
+        UserError: the environment says so, and does not say which.
+    """
+    given = [
+        os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ
+    ]
+    if not all(text.isdigit() for text in given):
+        raise UserError(f"RANK and WORLD_SIZE: {' '.join(given) or 'empty'} are no numbers; unset them, or leave "
+                        "them to torchrun")  # fmt: skip
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -60,9 +71,19 @@ def is_batch_job() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
+def may_restart() -> bool:
+    """Whether whoever started this process may start it again if it fails (hydra/launcher=slurm)."""
+    return "DYTRUN_RESTARTS_LEFT" in os.environ
+
+
 def will_restart() -> bool:
-    """Whether whoever started this process would start it again if it failed (hydra/launcher=slurm)."""
+    """Whether it would do so now."""
     return int(os.environ.get("DYTRUN_RESTARTS_LEFT", "0")) > 0
+
+
+def forbid_restart() -> None:
+    """Say to the batch script that another start would end as this one."""
+    Path(os.environ["DYTRUN_NO_RESTART"]).touch()
 
 
 def previous(config: RunConfig) -> RunResult | None:
@@ -70,7 +91,10 @@ def previous(config: RunConfig) -> RunResult | None:
     path = config.run_dir / "result.json"
     if not path.is_file():
         return None
-    result = RunResult.load(path)
+    try:
+        result = RunResult.load(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); remove it, and the run goes on") from None
     return result if result.status in ("finished", "diverged") else None
 
 
@@ -148,7 +172,8 @@ def _failure_noted(config: RunConfig) -> Iterator[None]:
         # The rank may have been done, and only the upload to W&B cut short.
         if previous(config) is None:
             status = "interrupted" if isinstance(error, ranks.Stopped) else "failed"
-            result = RunResult(status=status, message=first_line(error), **run.identity(config))
+            said = "lost another rank: " if ranks.lost_peer(traceback.format_exc()) else ""
+            result = RunResult(status=status, message=said + first_line(error), **run.identity(config))
             result.save(config.run_dir / "result.json")
         raise
 

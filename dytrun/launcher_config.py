@@ -21,8 +21,12 @@ Plain = Annotated[str, Field(pattern=PLAIN)]
 ShellLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 FlagName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")]
 
-# sbatch flags that dytrun or submitit sets, and needs as they are.
-_OWN_FLAGS = {"array", "chdir", "error", "no-requeue", "ntasks", "open-mode", "output", "requeue", "signal", "wrap"}
+# sbatch flags that dytrun or submitit sets, or that have a field of their own.
+_OWN_FLAGS = (
+    "account", "array", "chdir", "comment", "constraint", "cpus-per-gpu", "cpus-per-task", "error", "exclude", "gpus",
+    "gpus-per-node", "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu", "mem-per-gpu", "no-requeue", "nodes",
+    "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal", "time", "wrap",
+)  # fmt: skip
 
 
 class PoolConfig(BaseModel):
@@ -97,9 +101,18 @@ class SlurmConfig(BaseModel):
                 f"hydra.launcher.tasks_per_node: {self.ranks_per_node} ranks for {self.gpus_per_node} GPUs on a node; "
                 "a rank uses one GPU, so leave it null or make them equal"
             )
-        taken = sorted(_OWN_FLAGS & {name.lower() for name in self.additional_parameters})
-        if taken:
-            problems.append(f"hydra.launcher.additional_parameters: {', '.join(taken)} is set by dytrun; leave it out")
+        if self.gres is not None and "gpu" in self.gres and not (self.gpus_per_node or self.tasks_per_node):
+            problems.append(
+                f"hydra.launcher.gres: {self.gres} does not say how many ranks; ask for GPUs by gpus_per_node, or set "
+                "tasks_per_node"
+            )
+        for name in self.additional_parameters:
+            # sbatch takes a flag for any that begins so.
+            if taken := [flag for flag in _OWN_FLAGS if flag.startswith(name.lower())]:
+                problems.append(
+                    f"hydra.launcher.additional_parameters: {name} would be {taken[0]}, which is set by dytrun or "
+                    "has a field of its own; leave it out"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self

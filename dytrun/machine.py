@@ -83,9 +83,12 @@ def slots(pool: PoolConfig) -> list[Slot]:
     most = min(by_gpu, by_core)
     count = most if pool.jobs == "auto" else pool.jobs
     what = f"{len(names)} GPU(s) and {len(mine)} core(s)" if names else f"{len(mine)} core(s) and no GPU"
+    if pool.gpus_per_job > 1 and not names:
+        raise UserError(f"hydra.launcher.gpus_per_job: {pool.gpus_per_job}, but there is no GPU here; leave it out")
     if not 0 < count <= most:
+        key = "jobs" if pool.jobs != "auto" else "gpus_per_job" if by_gpu == 0 else "cores_per_job"
         raise UserError(
-            f"hydra.launcher.jobs: {max(count, 1)} at a time do not fit, for this machine has {what}, and a job takes "
+            f"hydra.launcher.{key}: {max(count, 1)} job(s) at a time do not fit; here are {what}, and a job takes "
             f"{f'{pool.gpus_per_job} GPU(s) and ' if names else ''}"
             f"{1 if pool.cores_per_job == 'auto' else pool.cores_per_job} core(s) or more; lower one of them"
         )

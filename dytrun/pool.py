@@ -5,13 +5,12 @@ theirs: a job that is killed, that fails or diverges leaves the others alone.
 """
 
 import collections
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from dytrun import machine, ranks
-from dytrun.board import Board, Job
+from dytrun.board import Board, Job, counted
 from dytrun.launcher_config import PoolConfig, checked
 from dytrun.machine import Slot
 from dytrun.task import Batch, Outcome, Task, outcomes
 
 # How often the table is looked at again, and how long a job may take to leave when it is told to.
 _REFRESH_S, _LEAVE_S = 1.0, 60.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LocalPool(Launcher):
@@ -61,33 +61,37 @@ class _Pool:
         self._waiting = collections.deque(batch.pending)
         self._free = list(slots)
         self._running: dict[str, tuple[BaseProcess, Slot]] = {}
+        self._is_stopped = False
         self._processes = multiprocessing.get_context("forkserver")
 
     def work(self) -> None:
         """Run what waits; on SIGTERM or Ctrl-C end what runs and start no more."""
-        title = f"{len(self._jobs)} runs, {len(self._free)} at a time; what they print is in {self._folder}/logs"
-        with _stoppable(), Board(list(self._jobs.values()), title) as board:
+        title = f"{counted(self._jobs)}, {len(self._free)} at a time; what they print is in {self._folder}/logs"
+        with ranks.stoppable(), Board(list(self._jobs.values()), title) as board:
             try:
                 while self._waiting or self._running:
                     while self._waiting and self._free:
-                        self._start(self._waiting.popleft())
+                        self._start(self._waiting[0])
                     board.refresh()
                     sentinels = [process.sentinel for process, _ in self._running.values()]
                     multiprocessing.connection.wait(sentinels, _REFRESH_S)
                     self._reap()
             except KeyboardInterrupt:
                 self._stop()
-                self._reap()
                 for name in self._waiting:
                     self._jobs[name].end(self._note(Outcome(name, "stopped", ("was not started",))))
 
     def _start(self, name: str) -> None:
-        slot = self._free.pop(0)
-        args = os.getpid(), self._batch.task, self._batch.cfgs[name], slot, name
+        args = os.getpid(), self._batch.task, self._batch.cfgs[name], self._free[0], name
         process = self._processes.Process(target=_work, args=args)
+        # A job that has begun is known to have, whenever the signal to stop comes.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         process.start()
+        slot = self._free.pop(0)
         self._running[name] = process, slot
-        self._jobs[name].start(f"{slot}, process {process.pid}")
+        self._waiting.remove(name)
+        self._jobs[name].start(f"{slot}, pid {process.pid}")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
     def _reap(self) -> None:
         """Note how the jobs whose process has ended came out, and free their slots."""
@@ -99,7 +103,8 @@ class _Pool:
             if outcome is None:
                 code = process.exitcode or 0
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                outcome = self._note(Outcome(name, "failed", (f"its process ended without a word ({how})",)))
+                ending = "stopped" if self._is_stopped else "failed"
+                outcome = self._note(Outcome(name, ending, (f"its process ended without a word ({how})",)))
             self._jobs[name].end(outcome)
             del self._running[name]
             self._free.append(slot)
@@ -109,12 +114,14 @@ class _Pool:
         return outcome
 
     def _stop(self) -> None:
+        self._is_stopped = True
         for process, _ in self._running.values():
             process.terminate()
         for process, _ in self._running.values():
             process.join(_LEAVE_S)
             process.kill()
             process.join()
+        self._reap()
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -143,17 +150,3 @@ def _work(launcher: int, task: Task, cfg: DictConfig, slot: Slot, name: str) -> 
         stream.flush()
         os.dup2(log, stream.fileno())
     task(cfg)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """While it lasts SIGTERM is as Ctrl-C."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

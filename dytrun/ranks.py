@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from dytrun.errors import UserError
 # What stands in the traceback of a rank that fails because another has.
 _LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
 # Longer than the launcher takes to see that a rank has died, and to end the others.
-_GRIEF_S = 8.0
+GRIEF_S = 8.0
 
 # Whether this process is a job that a pool has forked (enter_job).
 _is_forked_job = False
@@ -50,9 +50,11 @@ def warm_up(*modules: str) -> None:
     A rank is then a fork of a process that has imported everything and done nothing: it starts in a moment, and
     shares no state with any other.
     """
+    if "RANK" in os.environ:
+        return
     # One machine: gloo need not ask the name service which of its addresses to use.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    if "RANK" in os.environ or _start_method() == "fork":
+    if _start_method() == "fork":
         return
     # In a process of joblib's a way of starting processes is set that those which it starts do not know.
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
@@ -106,8 +108,10 @@ def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int) ->
             how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             died = f"rank {rank} died: {how}, process {failure.pid}; the other ranks were ended"
             raise _first_cause(Path(logs)) or Failed(died) from None
-        except (SignalException, KeyboardInterrupt) as error:
-            raise Stopped(f"stopped by {type(error).__name__} ({error})") from None
+        except SignalException as error:
+            raise Stopped(f"stopped by {signal.Signals(error.sigval).name}") from None
+        except KeyboardInterrupt:
+            raise Stopped("stopped by Ctrl-C") from None
 
 
 def _start_method() -> str:
@@ -127,16 +131,36 @@ def _rank(launcher: int, entry: Callable[..., Any], *args: Any) -> Any:
         return entry(*args)
     except Exception:
         # A rank that another has left is told so at once, and would be first to say it. It waits to be ended.
-        if any(sign in traceback.format_exc() for sign in _LOST_PEER):
-            time.sleep(_GRIEF_S)
+        if lost_peer(traceback.format_exc()):
+            time.sleep(GRIEF_S)
         raise
+
+
+def lost_peer(trace: str) -> bool:
+    """Say whether a traceback is that of a rank that fails because another has."""
+    return any(sign in trace for sign in _LOST_PEER)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """While it lasts SIGTERM is as Ctrl-C."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bind_to(launcher: int, title: str) -> None:
     """Let this process end with another one, by signals at once and without a traceback, and show what it is."""
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
-    # A shell's background job ignores SIGINT, and its children would too.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A shell's background job ignores SIGINT, and its children would too; a forked one has its parent's handlers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     show_title(title)
 
 
@@ -172,10 +196,9 @@ def _first_cause(logs: Path) -> Exception | None:
     for path in logs.glob("**/error.json"):
         message = json.loads(path.read_text())["message"]
         first, text = message["message"], message["extraInfo"]["py_callstack"]
-        if first.startswith("UserError: "):
-            return UserError(*first.removeprefix("UserError: ").splitlines())
-        is_victim = any(sign in text for sign in _LOST_PEER)
-        found.append((is_victim, int(message["extraInfo"]["timestamp"]), path.parent.name, first, text))
+        if lines := first.removeprefix("UserError: ").splitlines() if first.startswith("UserError: ") else []:
+            return UserError(*lines)  # one without lines is of a rank that has left it to the first one to speak
+        found.append((lost_peer(text), int(message["extraInfo"]["timestamp"]), path.parent.name, first, text))
     if not found:
         return None
     _, _, rank, first, text = min(found)

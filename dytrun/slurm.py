@@ -24,14 +24,19 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from submitit.core.utils import FailedJobError
 
-from dytrun import terminal
-from dytrun.board import Board, Job
+from dytrun import ranks, terminal
+from dytrun.board import Board, Job, counted
 from dytrun.errors import UserError
 from dytrun.launcher_config import PLAIN, SlurmConfig, checked
 from dytrun.task import Batch, Outcome, outcomes
 
 _POLL_S = 2.0
 _POLLS_TO_ASK, _POLLS_TO_GIVE_UP = 3, 30
+# States in which a job stays; unknown: SLURM has forgotten it.
+_OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT", "unknown",
+}  # fmt: skip
 # Parameters that submitit has under these names for every kind of cluster; SLURM's own carry a prefix.
 _SHARED = {
     "name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "stderr_to_stdout",
@@ -47,6 +52,9 @@ class Slurm(SlurmLauncher):
         folder = Path(batch.task.folder)
         records = folder.parent / "slurm"
         ids = _still_queued(records, batch.pending)
+        for name, (job_id, _) in ids.items():
+            terminal.line(f"{name}: SLURM has it as job {job_id}, with the settings that it was submitted with; to "
+                          f"submit it anew, scancel {job_id} first")  # fmt: skip
         new = [name for name in batch.pending if name not in ids]
         if new:
             submitted = self._submit(folder, [list(batch.overrides[name]) for name in new], initial_job_idx)
@@ -56,15 +64,21 @@ class Slurm(SlurmLauncher):
                 (records / f"{name}.json").write_text(json.dumps([job_id, str(folder)]))
         jobs = {name: Job(name, batch.configs[name].run_dir, batch.configs[name].epochs) for name in batch.pending}
         try:
-            _wait(jobs, ids, folder)
+            with ranks.stoppable():
+                _wait(jobs, ids, folder)
         except KeyboardInterrupt:
-            for name, job in jobs.items():
-                if job.outcome is None:
-                    said = f"goes on as SLURM job {ids[name][0]}; the same command waits for it again, scancel ends it"
-                    Outcome(name, "stopped", (said,)).save(folder / "outcomes")
-        for name, job in jobs.items():
-            if job.outcome is not None:
+            for name in (name for name, job in jobs.items() if job.outcome is None):
+                terminal.line(f"{name} goes on as SLURM job {ids[name][0]}; the same command waits for it again, and "
+                              f"scancel {ids[name][0]} ends it")  # fmt: skip
+            raise
+        finally:
+            for name in (name for name, job in jobs.items() if job.outcome is not None):
                 (records / f"{name}.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is none, or another run has a job
+                records.rmdir()
+        for earlier in {notes for _, notes in ids.values()} - {folder}:
+            if all(one.ending in ("finished", "diverged") for one in outcomes(earlier).values()):
+                shutil.rmtree(earlier, ignore_errors=True)
         return batch.returns()
 
     def _submit(self, folder: Path, overrides: Sequence[list[str]], first: int) -> list[str]:
@@ -73,6 +87,8 @@ class Slurm(SlurmLauncher):
         Raises:
             UserError: sbatch does not take them.
         """
+        if re.search(r"[\x00-\x1f\x7f]", str(folder)):
+            raise UserError(f"runs_dir: {str(folder)!r} holds characters that no batch script takes; choose another")
         chosen = SlurmConfig.model_validate(self.params)
         settings = {name: value for name, value in chosen.model_dump(exclude={"max_restarts"}).items() if value}
         settings |= {
@@ -146,10 +162,10 @@ def restart_lines(crashes: Path, most: int) -> list[str]:
         # Since SLURM 22.05 srun does not take the batch script's cores for its own.
         "[ -z $SLURM_CPUS_PER_TASK ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         f"mkdir -p {shlex.quote(str(crashes))}; touch {count}",
-        f"export DYTRUN_RESTARTS_LEFT=$(({most} - $(wc -l < {count})))",
+        f"export DYTRUN_RESTARTS_LEFT=$(({most} - $(wc -l < {count}))) DYTRUN_NO_RESTART={count}.final",
         "dytrun_leave() {",
         "  code=$?; job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
-        "  [ $code -ne 0 ] && [ $DYTRUN_RESTARTS_LEFT -gt 0 ] || return",
+        '  [ $code -ne 0 ] && [ $DYTRUN_RESTARTS_LEFT -gt 0 ] && [ ! -e "$DYTRUN_NO_RESTART" ] || return',
         # scancel ends the script too; the controller calls a job COMPLETING before it tells it, and would requeue it.
         "  state=$(squeue --noheader --jobs=$job --format=%T)",
         '  echo "dytrun: exit code $code of a job that is $state, starts left: $DYTRUN_RESTARTS_LEFT"',
@@ -175,7 +191,7 @@ def _wait(jobs: Mapping[str, Job], ids: Mapping[str, tuple[str, Path]], folder: 
     if not jobs:
         return
     absent = dict.fromkeys(jobs, 0)
-    with Board(list(jobs.values()), f"{len(jobs)} runs on SLURM") as board:
+    with Board(list(jobs.values()), f"{counted(jobs)} on SLURM") as board:
         while left := [name for name, job in jobs.items() if job.outcome is None]:
             states = _states([ids[name][0] for name in left])
             for name in left:
@@ -201,11 +217,15 @@ def _given_up(name: str, job_id: str, notes: Path, polls: int) -> Outcome | None
     )
     known = dict(re.findall(r"(JobState|ExitCode)=(\S+)", done.stdout))
     state = known.get("JobState", "unknown")
-    if state in ("COMPLETED", "unknown") and polls < _POLLS_TO_GIVE_UP:  # a shared disk shows a new file late
+    is_late = state in ("COMPLETED", "unknown") and polls < _POLLS_TO_GIVE_UP  # a shared disk shows a new file late
+    if is_late or state not in _OVER:
         return None
     logs = notes / "jobs" / job_id
+    if state == "CANCELLED":
+        return Outcome(name, "failed", (f"SLURM job {job_id} was cancelled; typed again, the run goes on",))
     lines = [line for path in sorted(logs.glob("*.err")) for line in path.read_text(errors="replace").splitlines()]
-    said = f": {lines[-1]}" if lines else ""
+    named = [line for line in lines if re.match(r"srun: error: .*task", line)]  # srun names the rank that died
+    said = f": {[*lines, *named][-1]}" if lines else ""
     ended = f"SLURM job {job_id} ended without a result ({state}, exit code {known.get('ExitCode', 'unknown')}){said}"
     return Outcome(name, "failed", (f"{ended}; see {logs}",))
 
@@ -222,7 +242,7 @@ def _states(ids: Sequence[str]) -> dict[str, str] | None:
     """Return {job: "STATE|node or reason"} of the jobs that SLURM still has; None while it does not answer."""
     if not ids:
         return {}
-    command = ["squeue", "--noheader", "--array", "--format=%i|%T|%R", f"--jobs={','.join(ids)}"]
+    command = ["squeue", "--all", "--noheader", "--array", "--format=%i|%T|%R", f"--jobs={','.join(ids)}"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=own)
     if done.returncode and "Invalid job id" not in done.stderr:

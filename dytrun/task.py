@@ -7,11 +7,13 @@ notes there how it ended, and whoever started the jobs reads it.
 import json
 import math
 import os
+import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from dytrun import compose
 from dytrun.errors import UserError, first_line
@@ -51,14 +53,16 @@ class Outcome:
 class Task:
     """What Hydra calls for each run of a command line.
 
-    In this machine's processes it never raises, so that the runs after a failed one go on and Hydra prints nothing of
-    its own.
+    It never raises, so that the runs after a failed one go on and Hydra prints nothing of its own; under
+    hydra/launcher=slurm a task whose run fails leaves by SystemExit.
     """
 
     folder: str
     """Where the jobs of this command line note how they ended."""
     config_dir: str | None
     """What --config-dir gave."""
+    in_turn: bool
+    """Whether the runs follow one another in this process, so that one that is stopped stops those after it."""
 
     def __call__(self, cfg: Any) -> float:
         """Train the run that Hydra has composed; return its value for sweepers that search."""
@@ -67,7 +71,7 @@ class Task:
         name = "job"
         launch.join(Path(self.folder))
         try:
-            if any(outcome.ending == "stopped" for outcome in outcomes(self.folder).values()):
+            if self.in_turn and any(outcome.ending == "stopped" for outcome in outcomes(self.folder).values()):
                 return math.nan
             config = compose.validated("train", cfg)
             name = config.run_name
@@ -82,18 +86,32 @@ class Task:
             first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed) else (
                 first_line(error), "", traceback.format_exc())  # fmt: skip
             found = Outcome(name, "failed", (first,), trace)
-            if launch.is_batch_job():
-                # The job itself must fail, so that it is started again; Hydra would keep an exception to itself.
-                if not launch.will_restart():
-                    self._note(found)
-                traceback.print_exc()
-                raise SystemExit(FAILED) from None
+        if launch.may_restart() and (found.ending == "failed" or found.problems):
+            self._fail_batch_job(found)
         self._note(found)
         return found.value
 
+    def _fail_batch_job(self, found: Outcome) -> NoReturn:
+        """End a task of hydra/launcher=slurm so that the other ranks end too, and the job is started again or not.
+
+        Hydra would keep an exception to itself.
+        """
+        from dytrun import launch, ranks
+
+        sys.stderr.write("\n".join([found.trace, *found.problems, ""]))
+        is_final = found.ending == "refused" or "UncompletedJobError" in found.trace  # submitit: out of time too often
+        if is_final:
+            launch.forbid_restart()
+        if ranks.lost_peer(found.trace):
+            time.sleep(ranks.GRIEF_S)  # srun says which rank was lost, and ends this one
+        elif is_final or not launch.will_restart():
+            self._note(found)
+        raise SystemExit(FAILED)
+
     def _note(self, found: Outcome) -> None:
-        # Every rank of a job notes what went wrong with it, the first one how the run ended.
-        if os.environ.get("RANK", "0") == "0" or (found.problems and found.run not in outcomes(self.folder)):
+        # Ranks of one job share a folder: the first one notes how the run ended, another what went wrong with it.
+        is_first = self.in_turn or os.environ.get("RANK", "0") == "0"
+        if is_first or (found.problems and found.run not in outcomes(self.folder)):
             found.save(Path(self.folder) / "outcomes")
 
 
@@ -107,7 +125,7 @@ class Batch:
             launcher: holds `hydra_context`, `config` and `task_function`.
             job_overrides: of each job, in order.
         """
-        from dytrun import launch
+        from dytrun import terminal
 
         load = launcher.hydra_context.config_loader.load_sweep_config
         self.task: Task = launcher.task_function
@@ -122,9 +140,10 @@ class Batch:
             name = config.run_name
             self._names.append(name)
             if name in self.configs:
+                terminal.line(f"{name}: asked for twice, and run once; a run is its science, and that is the same")
                 continue
             self.configs[name], self.overrides[name], self.cfgs[name] = config, overrides, cfg
-            if config.dry_run or launch.previous(config) is not None:
+            if config.dry_run or _is_done(config):
                 self.task(cfg)
             else:
                 self.pending.append(name)
@@ -139,6 +158,16 @@ class Batch:
             JobReturn(overrides, cfg, status=JobStatus.COMPLETED, _return_value=value)
             for (overrides, cfg), value in zip(self._all, values, strict=True)
         ]
+
+
+def _is_done(config: Any) -> bool:
+    """Say whether a run has nothing left to do; one whose result cannot be read has something to say."""
+    from dytrun import launch
+
+    try:
+        return launch.previous(config) is not None
+    except UserError:
+        return True
 
 
 def outcomes(folder: str | Path) -> dict[str, Outcome]:

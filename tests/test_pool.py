@@ -15,6 +15,7 @@ from dytrun import machine
 from dytrun.errors import UserError
 from dytrun.launcher_config import PoolConfig
 from dytrun.records import RunResult
+from dytrun.task import Outcome, exit_code
 
 POOL = ("hydra/launcher=local_pool", "hydra.launcher.jobs=2", "runs_dir=runs")
 
@@ -84,11 +85,54 @@ def test_stopping_the_pool_ends_every_job(tmp_path, how):
 
 
 @pytest.mark.slow
+def test_a_killed_rank_of_a_job_is_named(tmp_path):
+    args = ["train", "-m", *TINY, *POOL, "norm=ln,dyt", "epochs=40", "machine.devices=2"]
+    process = subprocess.Popen([sys.executable, "-m", "dytrun", *args], stderr=subprocess.PIPE, text=True)
+    victim = wait_for_title("dytrun: rank 1 of 2, vit_tiny_patch16_224-ln", process.pid)
+    while not list(tmp_path.glob("runs/*-ln-*/checkpoints/step-*")):
+        time.sleep(0.1)
+    assert len(os.sched_getaffinity(victim)) == len(os.sched_getaffinity(0)) // 2
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert f"rank 1 died: SIGKILL, process {victim}" in err
+    assert "Traceback" not in err
+    assert statuses(tmp_path / "runs") == ["failed", "finished"]
+
+
+@pytest.mark.slow
 def test_a_job_with_wrong_input_says_so_and_the_others_finish(tmp_path):
     done = dytrun("train", "-m", *TINY, *POOL, "norm=ln", "global_batch=32,2000")
     assert done.returncode == 2, done.stderr
     assert "global_batch: 2000 is more than the 1437 training images" in done.stderr
     assert statuses(tmp_path / "runs") == ["finished"]
+
+
+@pytest.mark.slow
+def test_a_directory_with_marks_of_hydras_grammar_and_a_result_that_cannot_be_read(tmp_path, monkeypatch):
+    home = tmp_path / "jörg, (a=b) {c} 'd' #$"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    name = dytrun("train", *TINY, "norm=ln", "dry_run=true").stdout.split("runs/")[1].split()[0]
+    (home / "runs" / name).mkdir(parents=True)
+    (home / "runs" / name / "result.json").write_text("")
+    done = dytrun("train", "-m", *TINY, *POOL, "norm=ln,dyt")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"{name}/result.json: cannot be read" in done.stderr
+    (home / "runs" / name / "result.json").unlink()
+    assert statuses(home / "runs") == ["finished"]
+
+
+def test_what_the_shell_is_told():
+    def code(*endings, is_sweep=True):
+        return exit_code([Outcome("x", ending) for ending in endings], is_sweep)
+
+    assert code("finished", "failed", "stopped") == 75
+    assert code("finished", "refused", "failed") == 1
+    assert code("finished", "refused") == 2
+    assert code("finished", "diverged") == code("diverged") == code("planned") == 0
+    assert code("diverged", is_sweep=False) == 1
 
 
 def slots_of(monkeypatch, cores: int, gpus: int, **settings) -> list[str]:
@@ -114,5 +158,8 @@ def test_the_machine_is_shared_out(monkeypatch):
     [(2, 0, {"jobs": 3}), (2, 0, {"cores_per_job": 3}), (64, 2, {"jobs": 3}), (64, 2, {"gpus_per_job": 3})],
 )
 def test_more_jobs_than_fit_are_refused(monkeypatch, cores, gpus, settings):
-    with pytest.raises(UserError, match=r"hydra\.launcher\.jobs: \d at a time do not fit, for this machine has"):
+    with pytest.raises(
+        UserError,
+        match=r"hydra\.launcher\.(jobs|cores_per_job|gpus_per_job): \d job\(s\) at a time do not fit; here are",
+    ):
         slots_of(monkeypatch, cores, gpus, **settings)

@@ -70,6 +70,7 @@ def test_two_ranks_agree(tmp_path):
     ("env", "said"),
     [
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "BUSY"}, "is in use by another process; choose another port"),
+        ({"WORLD_SIZE": "x"}, "RANK and WORLD_SIZE: 0 x 2 are no numbers"),
         ({}, "RANK is set, but the rest is not as torchrun sets it"),
     ],
 )

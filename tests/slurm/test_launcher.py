@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from submitit.slurm.slurm import _make_sbatch_string
 
 from dytrun import slurm
+from dytrun.data import epoch_order
 from dytrun.errors import UserError
 from dytrun.launcher_config import SlurmConfig, checked
 from dytrun.records import RunResult
@@ -103,26 +104,44 @@ def test_a_job_that_always_crashes_ends_after_the_bound_and_hides_no_other(clust
     assert f"dytrun: {name}: [Errno 17] File exists" in done.stderr
     assert "1 of 2 runs failed" in done.stderr
     assert sorted(result.status for result in results(tmp_path / "runs").values()) == ["failed", "finished"]
+    (script,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*/*_submission.sh")
+    assert "--kill-on-bad-exit=1" in script.read_text()
     (log,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*_0/*_log.err")
     (out,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*_0/*_log.out")
     assert out.read_text().count("starts left: 1") == 1
     assert log.read_text().count("FileExistsError: ") == 2
 
 
-def test_a_job_goes_on_without_its_driver_and_is_found_again(cluster, tmp_path):
-    run = ["norm=ln", "epochs=40"]
+def test_wrong_input_of_one_rank_is_said_and_not_tried_again(cluster, image_tree, tmp_path):
+    root = image_tree(train={"a": 80, "b": 80}, val={"a": 1, "b": 1})
+    index = int(epoch_order(160, seed=0, epoch=0)[3 * 32 + 20])  # rank 1 meets it in the fourth step
+    label, number = divmod(index, 80)
+    bad = sorted((root / "train" / "ab"[label]).iterdir())[number]
+    bad.write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    data = ["data=folder", f"data.root={root}", "data.image_size=16", "norm=ln"]
+    done = dytrun("train", "-m", *TINY, *SLURM, *data, "hydra.launcher.nodes=2", env=cluster.env)
+    assert done.returncode == 2, done.stderr
+    assert f"{bad}: cannot be read as an image" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "pending" not in done.stdout.partition("running")[2], "started once"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_jobs_go_on_without_their_driver_and_are_found_again(cluster, tmp_path, how):
+    run = ["norm=ln,dyt", "epochs=20", "hydra.launcher.array_parallelism=1"]
     driver = start(cluster, *run)
-    wait_for_checkpoint(tmp_path / "runs")
-    driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=30)
+    wait_for_checkpoint(tmp_path / "runs")  # of the first one; the other has yet to begin
+    driver.send_signal(how)
+    out, err = driver.communicate(timeout=30)
     assert driver.returncode == 75
-    assert "goes on as SLURM job" in err
+    assert out.count("goes on as SLURM job") == 2
     assert "Traceback" not in err
     again = start(cluster, *run)
     out, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
-    assert "submitted" not in out
-    assert [result.status for result in results(tmp_path / "runs").values()] == ["finished"]
+    assert "what they print is in" not in out, "nothing was submitted anew"
+    assert out.count("SLURM has it as job") == 2
+    assert [result.status for result in results(tmp_path / "runs").values()] == ["finished", "finished"]
 
 
 def test_a_cancelled_job_does_not_come_back(cluster, tmp_path):
@@ -132,7 +151,7 @@ def test_a_cancelled_job_does_not_come_back(cluster, tmp_path):
     cluster.run("scancel", job)
     out, err = driver.communicate(timeout=60)
     assert driver.returncode == 1, out
-    assert "ended without a result (CANCELLED" in err
+    assert f"SLURM job {job} was cancelled" in err
     assert cluster.jobs()[job]["Restarts"] == "0"
 
 
@@ -168,7 +187,10 @@ def test_what_sbatch_refuses_is_one_line(cluster, tmp_path):
         ({"setup": ["true\ntouch x"]}, "hydra.launcher.setup"),
         ({"additional_parameters": {"mail type": "END"}}, "hydra.launcher.additional_parameters.mail type"),
         ({"additional_parameters": {"mail-type": "a\nb"}}, "hydra.launcher.additional_parameters.mail-type"),
-        ({"additional_parameters": {"array": "0-9"}}, "array is set by dytrun"),
+        ({"additional_parameters": {"array": "0-9"}}, "array would be array, which is set by dytrun"),
+        ({"additional_parameters": {"arr": "0-9"}}, "arr would be array"),
+        ({"additional_parameters": {"time": 1}}, "time would be time"),
+        ({"gres": "gpu:4"}, "hydra.launcher.gres: gpu:4 does not say how many ranks"),
         ({"nodes": 0}, "hydra.launcher.nodes: 0"),
         ({"timeout_min": 2}, "hydra.launcher.signal_delay_s: the warning 120 s before the end of a job of 2 min"),
         ({"gpus_per_node": 8, "tasks_per_node": 4}, "hydra.launcher.tasks_per_node: 4 ranks for 8 GPUs"),
