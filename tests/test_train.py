@@ -33,7 +33,7 @@ def test_a_sweep_trains_both_arms_and_prints_the_table(sweep):
     runs, _, done, _ = sweep
     assert done.returncode == 0, done.stderr
     assert "runs in" in done.stdout
-    assert "2 runs asked for" in done.stdout
+    assert "2 run(s) asked for" in done.stdout
     assert "n = 1" in done.stdout
     assert len(list(runs.glob("*/result.json"))) == 2
     assert (runs / "report.html").is_file()
