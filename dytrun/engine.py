@@ -106,10 +106,11 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
         Diverged: on every rank alike.
         RuntimeError: the ranks' weights are not the same, at the start or after an epoch.
     """
-    net = distribute(state.model, around.place, around.plan.accumulation)
     plan, every = around.plan, config.tracking.log_every_steps
+    # Before DDP, which would give every rank the first one's, and leave their EMA copies as they are.
     now = same_weights(state.model, f"before step {state.step}")
     state.weights_sha256 = state.weights_sha256 or {"start": now, "end": now}
+    net = distribute(state.model, around.place, plan.accumulation)
     window = _Window(around.place.device)
     net.train()
     while state.step < plan.total_steps:
@@ -197,7 +198,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.best = Best(**checkpoint.state["best"])
     state.train_seconds = checkpoint.state["train_seconds"]
     state.speed = checkpoint.state["speed"]
-    state.weights_sha256 = checkpoint.state["weights_sha256"]
+    state.weights_sha256 = checkpoint.state.get("weights_sha256", {})
 
 
 class _Window:

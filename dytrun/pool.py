@@ -10,14 +10,14 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from dytrun import machine, ranks
@@ -37,7 +37,7 @@ class LocalPool(Launcher):
     def __init__(self, **settings: Any):
         self._pool = PoolConfig.model_validate(settings)
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: Callable[[Any], Any], config: DictConfig) -> None:
         """Take what Hydra knows."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
