@@ -17,8 +17,6 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext
-from omegaconf import DictConfig
 
 from dytrun import machine, ranks
 from dytrun.board import Board, Job, counted
@@ -37,7 +35,7 @@ class LocalPool(Launcher):
     def __init__(self, **settings: Any):
         self._pool = PoolConfig.model_validate(settings)
 
-    def setup(self, *, hydra_context: HydraContext, task_function: Callable[[Any], Any], config: DictConfig) -> None:
+    def setup(self, *, hydra_context: Any, task_function: Callable[[Any], Any], config: Any) -> None:
         """Take what Hydra knows."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
@@ -136,7 +134,7 @@ def check(settings: Mapping[str, Any]) -> None:
     machine.slots(pool)
 
 
-def _work(launcher: int, task: Task, cfg: DictConfig, slot: Slot, name: str) -> None:
+def _work(launcher: int, task: Task, cfg: Any, slot: Slot, name: str) -> None:
     """Be a job: alone on the slot's cores and GPUs, and silent but for its log."""
     ranks.enter_job(launcher, f"job {name}")
     if hasattr(os, "sched_setaffinity"):

@@ -74,7 +74,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra_plugins": {"slurm"},
     "hydra": {"cli", "compose", "pool", "slurm", "task"},
-    "omegaconf": {"compose", "pool"},
+    "omegaconf": {"compose"},
     "submitit": {"launch", "slurm"},
     "wandb": {"tracking"},
 }
