@@ -19,7 +19,7 @@ from dytrun import terminal
 from dytrun.task import Outcome
 
 # In a log file, which cannot be redrawn, the whole table is printed this often.
-_TABLE_EVERY_S = 60.0
+_TABLE_EVERY_S = 600.0
 # Enough of the end of metrics.jsonl to hold a training and an evaluation record of a model with many sites.
 _TAIL_BYTES = 64 * 1024
 
