@@ -5,6 +5,7 @@ of each file). It is written under a temporary name, synced, renamed; `LATEST` t
 neither torch.load nor safetensors notices a flipped bit in a tensor, so the manifest is what makes it trustworthy.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 
 Tensors = Mapping[str, Tensor]
+
+# The header of a file, its manifest and its blocks on the disk, for all parts of a checkpoint together.
+_EXTRA_BYTES = 1 << 20
+
+
+class NotSaved(Exception):
+    """The disk did not take a checkpoint: full, a quota, an error. Those before it are as they were."""
 
 
 class Checkpoint(NamedTuple):
@@ -33,90 +42,162 @@ class Checkpoint(NamedTuple):
 
 
 class Store:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Only the process that owns the run's directory may save or load."""
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
         self.keep = keep
 
-    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], is_best: bool) -> None:
-        """Write a checkpoint, point to it, and remove those that are neither among the newest nor the best."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], is_best: bool) -> int:
+        """Write a checkpoint, point to it, and remove those that are neither among the newest nor the best.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            NotSaved: nothing has changed, but perhaps that the checkpoint is there and no pointer names it yet.
+        """
         final, partial = self._path(step), self.directory / f".step-{step:08d}.partial"
-        for old in (partial, final):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir()
-        for part, values in tensors.items():
-            save_file(
-                {name: value.detach().contiguous() for name, value in values.items()}, partial / f"{part}.safetensors"
-            )
-        (partial / "state.json").write_text(json.dumps(dict(state)))
-        files = sorted(partial.iterdir())
-        manifest = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for file in [*files, partial / "manifest.json", partial]:
-            _sync(file)
-        partial.rename(final)
-        self._point("LATEST", step)
-        if is_best:
-            self._point("BEST", step)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            written = _write(partial, tensors, state)
+            self._replace(final, partial)
+            self._point("LATEST", step)
+            if is_best:
+                self._point("BEST", step)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise NotSaved(_reason(error)) from error
         self._forget()
+        return written
 
-    def load(self) -> Checkpoint | None:
-        """Return the newest checkpoint that verifies; None where there is none at all.
+    def load(self) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest checkpoint that verifies, None where there is none at all, and what is to be said of it.
 
-        A damaged one is renamed to `*.corrupt` and the one before it taken.
+        A damaged one is renamed to `*.corrupt` and the one before it taken. What a save that was killed left behind
+        is removed.
 
         Raises:
             UserError: there are checkpoints, and none of them is whole.
         """
+        self._clean()
+        said = []
         steps = sorted(self._steps(), reverse=True)
         for step in steps:
-            if self._verifies(step):
-                return self._read(step)
+            wrong = self._fault(step)
+            if wrong is None:
+                if said:
+                    said.append(f"going on from step {step}, the newest checkpoint that is whole")
+                return self._read(step), said
             aside = self._path(step).with_suffix(".corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             self._path(step).rename(aside)
+            said.append(f"checkpoint of step {step}: {wrong}; it was put aside as {aside}")
         if steps or list(self.directory.glob("*.corrupt")):
-            raise UserError(
-                f"{self.directory}: no checkpoint there is whole; remove the run's directory to train from the start"
-            )
-        return None
+            raise UserError(*said, f"{self.directory}: no checkpoint there is whole; remove the run's directory to "
+                            "train from the start")  # fmt: skip
+        return None, said
 
     def look_up(self, name: str) -> Checkpoint:
-        """Return the checkpoint that `LATEST` or `BEST` points to, and touch nothing.
+        """Return the newest checkpoint (`LATEST`) or the one that `BEST` points to, and touch nothing.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
-        step = self._pointed(name)
+        step = max(self._steps(), default=None) if name == "LATEST" else self._best()
         if step is None or not self._path(step).is_dir():
             raise UserError(f"{self.directory}: no {name} checkpoint there; train the run first")
-        if not self._verifies(step):
-            raise UserError(f"{self._path(step)}: damaged (its files do not match its manifest); train the run again")
+        if (wrong := self._fault(step)) is not None:
+            raise UserError(f"{self._path(step)}: damaged ({wrong}); train the run again")
         return self._read(step)
+
+    @property
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint, unverified."""
+        return max(self._steps(), default=None)
+
+    def check_room(self, tensors: Mapping[str, Tensors]) -> None:
+        """Check before the first step that the disk takes the checkpoints of a run, and lets itself be written.
+
+        Args:
+            tensors: as they will be saved.
+
+        Raises:
+            UserError: says how much is missing.
+        """
+        size = _EXTRA_BYTES + sum(value.nbytes for part in tensors.values() for value in part.values())
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / ".probe.partial"
+            probe.write_text("written to see whether it can be")
+            _sync(probe)
+            probe.unlink()
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise UserError(
+                f"runs_dir: {self.directory} cannot be written ({_reason(error)}); choose another"
+            ) from None
+        here = sum(file.stat().st_size for file in self.directory.rglob("*") if file.is_file())
+        # The newest ones, the best, and the one that is being written.
+        needed = (self.keep + 2) * size - here
+        if free < needed:
+            raise UserError(
+                f"runs_dir: {free / 2**20:,.0f} MiB are free at {self.directory}, and this run's checkpoints take up "
+                f"to {needed / 2**20:,.0f} MiB ({self.keep + 2} of {size / 2**20:,.0f} MiB); make room, or choose "
+                "another"
+            )
 
     def _read(self, step: int) -> Checkpoint:
         path = self._path(step)
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         return Checkpoint(step, tensors, json.loads((path / "state.json").read_text()))
 
-    def _verifies(self, step: int) -> bool:
+    def _fault(self, step: int) -> str | None:
+        """Say what is wrong with a checkpoint; None if it is as its manifest says."""
         path = self._path(step)
         try:
             manifest = json.loads((path / "manifest.json").read_text())
-            return all(
-                (path / name).stat().st_size == entry["bytes"] and _sha256(path / name) == entry["sha256"]
-                for name, entry in manifest.items()
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
+            missing = {file.name for file in path.iterdir()} - {"manifest.json"} ^ manifest.keys()
+            if missing or not {"state.json", "model.safetensors"} <= manifest.keys():
+                return f"its manifest does not fit its files ({', '.join(sorted(missing)) or 'no model'})"
+            for name, entry in manifest.items():
+                if (path / name).stat().st_size != entry["bytes"]:
+                    return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['bytes']}"
+                if _sha256(path / name) != entry["sha256"]:
+                    return f"{name} does not have its SHA-256"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"its manifest cannot be read ({first_line(error)})"
+        return None
+
+    def _replace(self, final: Path, partial: Path) -> None:
+        """Rename a whole checkpoint into place; one of the same step is there until then."""
+        aside = final.with_name(f".{final.name}.old")
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+        partial.rename(final)
+        _sync(self.directory)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _clean(self) -> None:
+        for path in [*self.directory.glob(".step-*.partial"), *self.directory.glob(".step-*.old")]:
+            final = self.directory / path.name.removeprefix(".").removesuffix(".old")
+            if path.suffix == ".old" and not final.exists():
+                path.rename(final)  # killed between two renames
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _forget(self) -> None:
         newest = sorted(self._steps())[-self.keep :]
+        best = self._best()
         for step in self._steps():
-            if step not in newest and step != self._pointed("BEST"):
-                shutil.rmtree(self._path(step))
+            if step not in newest and step != best:
+                shutil.rmtree(self._path(step), ignore_errors=True)
+        for aside in self.directory.glob("*.corrupt"):
+            if len(newest) == self.keep and int(aside.stem.removeprefix("step-")) < newest[0]:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.directory.glob("step-*"))
@@ -132,11 +213,39 @@ class Store:
         partial.replace(self.directory / name)
         _sync(self.directory)
 
-    def _pointed(self, name: str) -> int | None:
+    def _best(self) -> int | None:
+        """Step that BEST names; where that cannot be read, what the newest checkpoint knew of it."""
         try:
-            return int((self.directory / name).read_text())
-        except (OSError, ValueError):
+            return int((self.directory / "BEST").read_text())
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError):
+            newest = self.newest_step
+            return None if newest is None or self._fault(newest) else self._read_state(newest).get("best_step")
+
+    def _read_state(self, step: int) -> dict[str, Any]:
+        return json.loads((self._path(step) / "state.json").read_text())
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> int:
+    """Write the files of a checkpoint and its manifest, synced; return their bytes."""
+    for part, values in tensors.items():
+        file = folder / f"{part}.safetensors"
+        whole = {name: value.detach().contiguous() for name, value in values.items()}
+        save_file(whole, file)
+        if file.stat().st_size < sum(value.nbytes for value in whole.values()):
+            raise OSError(errno.EIO, f"{file.name} came out short")
+    (folder / "state.json").write_text(json.dumps(dict(state)))
+    files = sorted(folder.iterdir())
+    manifest = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for file in [*files, folder / "manifest.json", folder]:
+        _sync(file)
+    return sum(entry["bytes"] for entry in manifest.values())
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or first_line(error) if isinstance(error, OSError) else first_line(error)
 
 
 def matches_manifest(path: Path) -> bool:

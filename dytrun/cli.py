@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dytrun import __version__, compose
+from dytrun import __version__, compose, stop
 from dytrun.errors import UserError, first_line
-from dytrun.task import DONE, STOPPED, WRONG_INPUT, Outcome, Task, exit_code, outcomes
+from dytrun.task import DONE, FAILED, STOPPED, WRONG_INPUT, Outcome, Task, exit_code, outcomes
 from dytrun.usage import COMMANDS, CONF, command_help, config_dir_of, flag_name, is_bare, usage
 
 # Flags with which Hydra shows something instead of running.
@@ -25,7 +25,9 @@ _SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong input, 75 stopped."""
     try:
-        return _main(sys.argv[1:])
+        # What is not training stops at once, and leaves nothing; training has its own way (`stop.passed_on`).
+        with stop.as_interrupt():
+            return _main(sys.argv[1:])
     except UserError as error:
         for problem in error.problems:
             print(f"dytrun: {problem}", file=sys.stderr)
@@ -69,7 +71,7 @@ def _main(args: list[str]) -> int:
         raise UserError(f"{extra[0]}: dytrun {verb} takes one directory and key=value, and does not sweep")
     if any(flag_name(arg) in _SHOW for arg in rest):
         return _show(verb, [arg for arg in rest if arg not in compose.MULTIRUN])
-    return {"train": _train, "eval": _eval, "report": _report}[verb](rest)
+    return {"train": _train, "eval": _eval, "replay": _replay, "report": _report}[verb](rest)
 
 
 def _train(args: list[str]) -> int:
@@ -189,6 +191,12 @@ def _eval(args: list[str]) -> int:
 
     commands.evaluate(compose.expand(args, "eval").configs[0])
     return DONE
+
+
+def _replay(args: list[str]) -> int:
+    from dytrun import commands
+
+    return DONE if commands.replay(compose.expand(args, "replay").configs[0]) else FAILED
 
 
 def _report(args: list[str]) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dytrun import launch, report, terminal
-from dytrun.config import EvalConfig, Published, RunConfig
+from dytrun.config import EvalConfig, Published, ReplayConfig, RunConfig
 from dytrun.records import RunResult, difference
 from dytrun.task import Ending
 
@@ -65,6 +65,28 @@ def evaluate(config: EvalConfig) -> None:
     if found:
         title = f"{config.dir}, {config.checkpoint} checkpoint (step {found['step']:,})"
         terminal.accuracies(title, found["accuracy"])
+
+
+def replay(config: ReplayConfig) -> bool:
+    """Do the step again at which a run diverged; print what was seen, and return whether it came out as it did then."""
+    found = launch.replay(config)
+    if found is None:  # this is another rank than the first
+        return True
+    rows = [
+        (str(one["rank"]), f"{one['loss']:g}", one["first_module"] or "none",
+         ", ".join(map(str, one["images_not_finite"][:8])) or "none")
+        for one in found["ranks"]
+    ]  # fmt: skip
+    recorded = ", ".join(f"{name} {value:g}" for name, value in found["recorded"].items())
+    is_same = found["is_reproduced"]
+    notes = [
+        f"recorded: {recorded}; now: loss {found['loss']:g}, grad_norm {found['grad_norm']:g}",
+        "largest gradients: " + ", ".join(f"{name} {norm:.3g}" for name, norm in found["gradients"].items()),
+        "reproduced" if is_same else "not reproduced: other numbers than those that were recorded",
+    ]
+    columns = ("rank", "loss", "first module with numbers that are not finite", "images whose loss is not finite")
+    terminal.table(f"step {found['step']:,} of {config.dir}, done again", columns, rows, notes)
+    return is_same
 
 
 def close_sweep(runs_dir: Path, num_runs: int) -> None:

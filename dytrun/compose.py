@@ -93,7 +93,7 @@ def validated(verb: str, cfg: Any) -> Any:
     """Turn Hydra's configuration of a command into ours."""
     from omegaconf import OmegaConf, open_dict
 
-    from dytrun.config import EvalConfig, ReportConfig, RunConfig
+    from dytrun.config import EvalConfig, ReplayConfig, ReportConfig, RunConfig
     from dytrun.validation import validate
 
     cfg = cfg.copy()
@@ -104,9 +104,10 @@ def validated(verb: str, cfg: Any) -> Any:
     if missing:
         raise UserError(*(f"{key}: a value is needed; say {key}=…" for key in missing))
     values = plain(cfg)
-    if verb == "eval" and values.get("dir") is None:
-        raise UserError("dir: which run? say dytrun eval DIR")
-    return validate({"train": RunConfig, "eval": EvalConfig, "report": ReportConfig}[verb], values)
+    if verb in ("eval", "replay") and values.get("dir") is None:
+        raise UserError(f"dir: which run? say dytrun {verb} DIR")
+    types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig}
+    return validate(types[verb], values)
 
 
 def plain(cfg: Any) -> Any:

@@ -89,6 +89,8 @@ class OptimConfig(BaseModel):
     warmup_epochs: NonNegative
     clip_grad: Positive | None
     layer_decay: Annotated[float, Field(gt=0, le=1)]
+    stop_at_spike: bool
+    """Whether a loss far above the last ones ends the run; it is counted anyway."""
 
 
 class EmaConfig(BaseModel):
@@ -111,6 +113,10 @@ class MachineConfig(BaseModel):
     channels_last: Literal["auto"] | bool
     deterministic: bool
     collective_timeout_s: Count
+    hang_timeout_s: Count
+    """Seconds without a step, after which a run ends and names the rank that it waits for."""
+    max_restarts: Annotated[int, Field(ge=0)]
+    """How often in a row, without a new checkpoint, the ranks of this machine are started again after a crash."""
 
 
 class TrackingConfig(BaseModel):
@@ -130,6 +136,7 @@ class CheckpointConfig(BaseModel):
 
     model_config = STRICT
     every_epochs: Count
+    every_minutes: Positive | None
     keep: Annotated[int, Field(ge=2)]
 
 
@@ -186,6 +193,11 @@ class RunConfig(BaseModel):
         for name, (low, high) in (("scale", self.augment.scale or (1, 1)), ("ratio", self.augment.ratio)):
             if low > high or (name == "scale" and high > 1):
                 problems.append(f"augment.{name}: [{low:g}, {high:g}] is no range; give [smaller, larger]")
+        if self.machine.hang_timeout_s >= self.machine.collective_timeout_s:
+            problems.append(
+                f"machine.hang_timeout_s: {self.machine.hang_timeout_s} s is not below machine.collective_timeout_s="
+                f"{self.machine.collective_timeout_s}: a lost rank would end the run before anybody says which; change one"
+            )
         if self.machine.devices == []:
             problems.append("machine.devices: an empty list; name a device or say auto")
         if isinstance(self.machine.devices, list) and len({*self.machine.devices}) < len(self.machine.devices):
@@ -222,6 +234,8 @@ class RunConfig(BaseModel):
             del science["data"]["num_train"]  # a plan's number; the data decides
         if not self.ema.enabled:
             del science["ema"]["decay"]
+        if not self.optim.stop_at_spike:
+            del science["optim"]["stop_at_spike"]
         if not self.augment.mixes:
             for key in ("mixup", "cutmix", "mix_prob", "mix_switch_prob"):
                 del science["augment"][key]
@@ -277,6 +291,15 @@ class EvalConfig(BaseModel):
     devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
     batch_per_rank: Count
+
+
+class ReplayConfig(BaseModel):
+    """`dytrun replay DIR`."""
+
+    model_config = STRICT
+    dir: str
+    data_root: str | None
+    devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
 
 
 class ReportConfig(BaseModel):

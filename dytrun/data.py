@@ -9,8 +9,8 @@ loader processes changes nothing.
 import ctypes
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     """Labels (B,), or soft targets (B, K) where images are mixed."""
     indices: Int[Tensor, "b"]
     """Which images of the split."""
+    bad: Mapping[int, Any] = {}
 
 
 def train_batches(

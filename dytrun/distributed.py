@@ -91,6 +91,24 @@ def average_buffers(model: nn.Module) -> None:
                 buffer.copy_(all_sum(buffer.clone()) / world_size())
 
 
+def gather(value: Result) -> list[Result]:
+    """Return every rank's value, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Result] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def gather_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return {"<world>.<rank>.<name>": buffer} of every rank's own buffers, on every rank; {} in a world of 1."""
+    own = {name: value.cpu() for name, value in model.named_buffers() if name in model.state_dict()}
+    if world_size() == 1 or not own:
+        return {}
+    found = gather(own)
+    return {f"{len(found)}.{rank}.{name}": value for rank, one in enumerate(found) for name, value in one.items()}
+
+
 def from_first(function: Callable[[], Result]) -> Result:
     """Call `function` on the first rank, and return on every rank what it returned.
 
@@ -140,11 +158,9 @@ def same_weights(model: nn.Module, when: str) -> str:
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    if world_size() > 1:
-        digests: list[str] = [""] * world_size()
-        dist.all_gather_object(digests, digest.hexdigest())
-        if strays := [rank for rank, other in enumerate(digests) if other != digests[0]]:
-            raise RuntimeError(f"the weights of rank {', '.join(map(str, strays))} are not those of rank 0 {when}")
+    digests = gather(digest.hexdigest())
+    if strays := [rank for rank, other in enumerate(digests) if other != digests[0]]:
+        raise RuntimeError(f"the weights of rank {', '.join(map(str, strays))} are not those of rank 0 {when}")
     return digest.hexdigest()
 
 

@@ -1,71 +1,47 @@
 """fit(): optimizer steps, accumulation, precision, EMA, evaluation, checkpoints. It yields records and never logs.
 
-The host runs ahead of the device: nothing is read from it between two windows of `tracking.log_every_steps`. A loss
-or gradient that is not finite still never reaches the weights, because the device itself skips that optimizer step.
+After every step all ranks know the same of it (`guard`): whether its loss and gradient may change the weights, and
+whether one of them was told to stop, wants to save or has met an image that cannot be read. So they act together.
 """
 
-import inspect
 import math
-import warnings
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dytrun import optim
-from dytrun.checkpoint import Checkpoint, Store
+from dytrun import optim, watchdog
+from dytrun.checkpoint import NotSaved, Store
+from dytrun.compute import autocast, distribute, train_loss
 from dytrun.config import RunConfig
-from dytrun.distributed import Place, all_sum, average_buffers, same_weights
-from dytrun.evaluate import evaluate
-from dytrun.records import Accuracy, EvalRecord, Record, Speed, TrainRecord
+from dytrun.data import Batch
+from dytrun.distributed import Place, average_buffers, from_first, gather, same_weights
+from dytrun.errors import UserError
+from dytrun.evaluate import Halted, evaluate
+from dytrun.guard import LAG, Guard, Verdict, Wishes
+from dytrun.records import Accuracy, EvalRecord, Record, Remark, Speed, TrainRecord
+from dytrun.state import Best, State, Window, snapshot, speed_so_far
 from dytrun.throughput import Clock
-
-# torch 2.14 has renamed DDP's argument, and 2.11 knows only the old name.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 
 # Below it fp16 has overflowed a hundred times in a row.
 _SMALLEST_LOSS_SCALE = 2.0**-30
 
-# (images, targets, indices), as data.Batch
-Micro = tuple[Tensor, Tensor, Tensor]
-
 
 class Diverged(Exception):
-    """A loss or a gradient was not finite; without fp16's loss scaling the weights are those before that step."""
+    """A loss or a gradient was not finite, or a spike at which to stop; the weights are those before that step."""
+
+    def __init__(self, message: str, step: int, samples: list[list[int]], numbers: dict[str, float]):
+        """Take the bad step, this rank's image indices of each of its micro-batches, and its loss and gradient norm."""
+        super().__init__(message)
+        self.step, self.samples, self.numbers = step, samples, numbers
 
 
-@dataclass
-class Best:
-    """The best raw top-1 so far."""
-
-    top1: float = -1.0
-    epoch: int = 0
-
-
-@dataclass
-class State:
-    """Everything that training changes."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3 | None
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    best: Best = field(default_factory=Best)
-    train_seconds: float = 0.0
-    weights_sha256: dict[str, str] = field(default_factory=dict)
-    """Of the raw weights at the start and at the last epoch's end, the same on all ranks."""
-    speed: dict[str, float | None] = field(default_factory=dict)
-    """Figures up to the last checkpoint, for a run that is taken up with nothing left to train."""
+class Interrupted(Exception):
+    """Told to stop by a signal to any rank, on every rank alike; says where the run can be taken up again."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +51,19 @@ class Surroundings:
     plan: optim.Plan
     place: Place
     clock: Clock
-    train: Iterator[Micro]
-    val: Callable[[], Iterator[Micro]]
+    train: Iterator[Batch]
+    val: Callable[[], Iterator[Batch]]
     num_val: int
     store: Store
     sites: list[str]
     """Names of the point-wise norms, whose alphas are recorded."""
-
-
-def build_state(model: nn.Module, config: RunConfig, device: torch.device) -> State:
-    """Make the optimizer, the EMA copy and the loss scaler of a model that is already on its device."""
-    return State(
-        model=model,
-        optimizer=optim.build_optimizer(model, config.optim),
-        ema=ModelEmaV3(model, decay=config.ema.decay) if config.ema.enabled else None,
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-    )
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """Return the context of a run's precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    stopped_by: Callable[[], str] = lambda: ""
+    """The signal that has told this rank to stop; empty as long as none has."""
+    beat: Callable[[int, str], None] = lambda step, what: None
+    """Told at every part of a step, so that a run that hangs can be told from one that works."""
+    num_train: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What every checkpoint holds besides: data and build, to compare when the run is taken up again."""
 
 
 def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Record]:
@@ -104,185 +71,272 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
 
     Raises:
         Diverged: on every rank alike.
+        Interrupted: on every rank alike, when a rank was told to stop; a checkpoint has been made.
+        UserError: too many training images cannot be read, or one of the validation images.
         RuntimeError: the ranks' weights are not the same, at the start or after an epoch.
     """
     plan, every = around.plan, config.tracking.log_every_steps
     # Before DDP, which would give every rank the first one's, and leave their EMA copies as they are.
     now = same_weights(state.model, f"before step {state.step}")
     state.weights_sha256 = state.weights_sha256 or {"start": now, "end": now}
-    net = distribute(state.model, around.place, plan.accumulation)
-    window = _Window(around.place.device)
-    net.train()
-    while state.step < plan.total_steps:
+    under = underway(config, state, around)
+    if any(gather(around.stopped_by())):
+        raise _interrupted(under, "nothing was done since its checkpoint" if state.step else "it had not begun")
+    while True:
+        if state.step % plan.steps_per_epoch == 0 and not state.is_evaluated:
+            yield from _end_epoch(under)
+        if state.step == plan.total_steps:
+            return
         optim.set_lr(state.optimizer, lr := optim.lr_at(state.step, config.optim, plan))
-        train_step(net, state, config, around, window)
-        state.step += 1
+        verdicts = train_step(under)
         around.clock.step_done()
-        ends_epoch = state.step % plan.steps_per_epoch == 0
-        if state.step % every == 0 or ends_epoch or state.step == plan.total_steps:
-            yield _train_record(config, state, around, window, lr)
-            window = _Window(around.place.device)
-        if ends_epoch:
-            with around.clock.pause():
-                record = evaluate_state(config, state, around)
-                state.weights_sha256["end"] = same_weights(state.model, f"after step {state.step}")
-                is_best = record.raw.top1 > state.best.top1
-                if is_best:
-                    state.best = Best(record.raw.top1, state.step // plan.steps_per_epoch)
-                # Written down before the checkpoint: a run that is killed in between does the epoch again.
-                yield record
-                _save(config, state, around, is_best)
+        if state.step % every == 0 or state.step % plan.steps_per_epoch == 0:
+            verdicts += _judged(under, under.guard.take(everything=True))
+            yield _train_record(under, lr)
+        yield from _act(under, verdicts)
 
 
-def train_step(net: nn.Module, state: State, config: RunConfig, around: Surroundings, window: "_Window") -> None:
-    """Do one optimizer step over the global batch: `plan.accumulation` micro-batches on each rank."""
-    accumulation = around.plan.accumulation
+@dataclass
+class Underway:
+    """What a start of a run has in its hands."""
+
+    config: RunConfig
+    state: State
+    around: Surroundings
+    net: nn.Module
+    """The model, in DDP where there are several ranks."""
+    guard: Guard
+    samples: dict[int, list[list[int]]] = field(default_factory=dict)
+    """Of the last steps: the images of each micro-batch on this rank."""
+    bad_images: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Those that this rank has met."""
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def underway(config: RunConfig, state: State, around: Surroundings) -> Underway:
+    """Wrap the model and set up the guard."""
+    net = distribute(state.model, around.place, around.plan.accumulation)
+    net.train()
+    # fp16's loss scaling waits for the device in every step anyway.
+    is_ahead = around.place.device.type == "cuda" and not state.scaler.is_enabled()
+    return Underway(config, state, around, net, Guard(around.place.device, LAG if is_ahead else 0, state.losses))
+
+
+def train_step(under: Underway) -> list[Verdict]:
+    """Do one optimizer step over the global batch: `plan.accumulation` micro-batches on each rank.
+
+    Returns:
+        What all ranks know of it; on CUDA of the step two before.
+    """
+    state, around = under.state, under.around
+    accumulation, beat = around.plan.accumulation, around.beat
     loss_sum = torch.zeros((), device=around.place.device)
     state.optimizer.zero_grad(set_to_none=True)
+    under.samples[state.step] = []
+    under.samples.pop(state.step - LAG - 1, None)
+    substituted = 0
     for micro in range(accumulation):
+        beat(state.step, watchdog.IMAGES)
         with around.clock.data_wait():
-            images, targets, _ = next(around.train)
-        if isinstance(net, DistributedDataParallel):
-            net.require_backward_grad_sync = micro == accumulation - 1
-        with autocast(config, around.place.device):
-            logits = net(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=_smoothing(config, targets)) / accumulation
+            batch = next(around.train)
+        under.samples[state.step].append(batch.indices.tolist())
+        substituted += len(batch.bad)
+        under.bad_images |= {index: image._asdict() for index, image in batch.bad.items()}
+        beat(state.step, watchdog.COMPUTE)
+        if isinstance(under.net, DistributedDataParallel):
+            under.net.require_backward_grad_sync = micro == accumulation - 1
+        loss = train_loss(under.net, batch, under.config) / accumulation
         state.scaler.scale(loss).backward()
         loss_sum += loss.detach()
-    _optimizer_step(state, config, all_sum(loss_sum) / around.place.world, window)
+    beat(state.step, watchdog.AGREE)
+    word = under.guard.agree(loss_sum, _wishes(under, substituted))
+    beat(state.step, watchdog.UPDATE)
+    verdicts = _optimizer_step(under, word)
     if state.ema is not None:
         state.ema.update(state.model)
+    state.step += 1
+    state.is_evaluated = False
+    return verdicts
 
 
-def distribute(model: nn.Module, place: Place, accumulation: int) -> nn.Module:
-    """Wrap a model in DDP where there is more than one rank; the model itself stays usable."""
-    if place.world == 1:
-        return model
-    # A hint about speed for 1×1 convolutions, whose gradients come in another order than their buckets.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    ids = [place.device.index] if place.device.type == "cuda" else None
-    # DDP learns a static graph in its first backward pass, which may then not be one that sends no gradients: torch
-    # 2.14 fails an assertion there (pytorch issue 143580). To send them in that one alone would be right up to
-    # rounding, but a run that was interrupted would no longer end bit-equal to one that was not.
-    options: dict[str, Any] = {_SYNC_BUFFERS: False, "static_graph": accumulation == 1}
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
+def _wishes(under: Underway, substituted: int) -> Wishes:
+    every_s = 60 * (under.config.checkpoint.every_minutes or math.inf)
+    is_due = under.around.place.is_first and time.monotonic() - under.saved_at > every_s
+    unknown = len(under.bad_images.keys() - under.state.bad_images.keys())
+    return Wishes(bool(under.around.stopped_by()), is_due, substituted, unknown)
 
 
-def speed_so_far(state: State, clock: Clock) -> dict[str, float | None]:
-    """Return the clock's figures since this start, or those of the start before it if there are none yet."""
-    figures: dict[str, float | None] = {
-        name: value if math.isfinite(value) else None for name, value in clock.total().items()
-    }
-    return figures if figures["images_per_s"] is not None else state.speed or figures
-
-
-def restore(state: State, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights, optimizer, EMA, scaler and counters into `state`, strictly."""
-    state.model.load_state_dict(checkpoint.tensors["model"])
-    if state.ema is not None:
-        state.ema.module.load_state_dict(checkpoint.tensors["ema"])
-    saved = state.optimizer.state_dict()
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in checkpoint.tensors["optimizer"].items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = value
-    state.optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
-    # They were saved contiguous; the fused kernel pairs elements by memory, so they need the layout of their weights.
-    for parameter, values in state.optimizer.state.items():
-        for name, value in values.items():
-            if value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter).copy_(value)
-    if state.scaler.is_enabled():
-        state.scaler.load_state_dict(checkpoint.state["scaler"])
-    state.step = checkpoint.step
-    state.best = Best(**checkpoint.state["best"])
-    state.train_seconds = checkpoint.state["train_seconds"]
-    state.speed = checkpoint.state["speed"]
-    state.weights_sha256 = checkpoint.state.get("weights_sha256", {})
-
-
-class _Window:
-    """Numbers of the current window, kept on the device until somebody asks."""
-
-    def __init__(self, device: torch.device):
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.grad_norm = torch.zeros((), device=device)
-        self.steps = 0
-        # 1 from the first step on whose loss or gradient was not finite, and the number of that step.
-        self.is_bad = torch.zeros((), device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, is_finite: Tensor) -> None:
-        self.loss_sum += loss.double()
-        self.grad_norm = grad_norm
-        self.steps += 1
-        first = (~is_finite) & (self.is_bad == 0)
-        self.bad_step = torch.where(first, step, self.bad_step)
-        self.is_bad = torch.where(is_finite, self.is_bad, 1.0)
-
-
-def _optimizer_step(state: State, config: RunConfig, loss: Tensor, window: _Window) -> None:
+def _optimizer_step(under: Underway, word: Tensor) -> list[Verdict]:
     """Clip and step, unless the loss or the gradient is not finite now or was before.
 
-    The same everywhere: gradients and `loss` are averages over all ranks. With fp16 a gradient may overflow now and
+    The same everywhere: gradients and loss are averages over all ranks. With fp16 a gradient may overflow now and
     then; the scaler skips those steps alone and lowers its scale, and the loss or a vanished scale tells a divergence.
     """
+    config, state, guard = under.config, under.state, under.guard
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     state.scaler.unscale_(state.optimizer)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norms = grad_norm, not state.scaler.is_enabled()
+    guard.put(state.step, word[0] / under.around.place.world, word[1:], norms, config.optim.stop_at_spike)
+    verdicts = _judged(under, guard.take())
     if config.optim.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad, grad_norm)
-    is_finite = torch.isfinite(loss)
-    if not state.scaler.is_enabled():
-        is_finite = is_finite & torch.isfinite(grad_norm)
-    window.add(state.step, loss, grad_norm, is_finite)
     if state.scaler.is_enabled():
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
         # Fused AdamW reads this flag on the device and leaves weights and moments alone where it is 1.
-        setattr(state.optimizer, "found_inf", window.is_bad)
+        setattr(state.optimizer, "found_inf", guard.is_bad)
         state.optimizer.step()
+    return verdicts
 
 
-def _smoothing(config: RunConfig, targets: Tensor) -> float:
-    """Soft targets were smoothed when they were mixed."""
-    return 0.0 if targets.is_floating_point() else config.augment.smoothing
+def _judged(under: Underway, verdicts: list[Verdict]) -> list[Verdict]:
+    """Take steps into the window and the counters; raise Diverged at the first bad one."""
+    state = under.state
+    for verdict in verdicts:
+        if not verdict.is_good:
+            norm_counts = not state.scaler.is_enabled()
+            is_finite = math.isfinite(verdict.loss) and not (norm_counts and not math.isfinite(verdict.grad_norm))
+            what = "the loss is a spike" if is_finite else "loss or gradient not finite"
+            raise Diverged(
+                f"{what} at step {verdict.step} (loss {verdict.loss:g}, gradient norm {verdict.grad_norm:g})",
+                verdict.step,
+                under.samples[verdict.step],
+                {"loss": verdict.loss, "grad_norm": verdict.grad_norm},
+            )
+        window = state.window
+        state.window = Window(window.loss_sum + verdict.loss, verdict.grad_norm, window.steps + 1)
+        state.substituted += verdict.substituted
+        if verdict.is_spike:
+            state.spikes.append(verdict.step)
+    return verdicts
 
 
-def _train_record(config: RunConfig, state: State, around: Surroundings, window: _Window, lr: float) -> TrainRecord:
-    """Read the window from the device, in one go."""
-    alphas = [state.model.get_parameter(f"{site}.alpha").detach().mean() for site in around.sites]
-    numbers = [window.bad_step, window.loss_sum / window.steps, window.grad_norm]
-    values = torch.cat([number.reshape(1).double() for number in numbers + alphas]).tolist()
-    bad_step, loss, grad_norm = values[:3]
-    if bad_step >= 0:
-        raise Diverged(
-            f"loss or gradient not finite at step {int(bad_step)} (mean loss of its window {loss:g}, "
-            f"gradient norm {grad_norm:g})"
+def _act(under: Underway, verdicts: list[Verdict]) -> Iterator[Record]:
+    """Do what a rank has wished for: say which images are bad, save, stop."""
+    if any(verdict.unknown for verdict in verdicts):
+        yield _share_bad_images(under)
+    is_stopped = any(verdict.stop for verdict in verdicts)
+    if is_stopped or any(verdict.save for verdict in verdicts):
+        _judged(under, under.guard.take(everything=True))
+        with under.around.clock.pause():
+            said = _save(under, is_best=False)
+        if is_stopped:
+            raise _interrupted(under, _outcome(under, said))
+        yield from said
+
+
+def _interrupted(under: Underway, saved: str) -> Interrupted:
+    return Interrupted(f"stopped by {max(gather(under.around.stopped_by()))} after step {under.state.step}; {saved}")
+
+
+def _outcome(under: Underway, said: list[Remark]) -> str:
+    if not said:
+        return "its checkpoint is written"
+    return f"{said[0].text}; the newest is of step {under.around.store.newest_step or 0}"
+
+
+def _share_bad_images(under: Underway) -> Remark:
+    """Give every rank the list of all; stop past `data.max_bad_fraction`."""
+    state, known = under.state, len(under.state.bad_images)
+    for one in gather(under.bad_images):
+        state.bad_images |= one
+    count, num, limit = len(state.bad_images), under.around.num_train, under.config.data.max_bad_fraction
+    if count > limit * num:
+        first = min(state.bad_images.items())[1]
+        raise UserError(
+            f"data.max_bad_fraction: {count} of {num} training images cannot be read, more than the share of {limit:g} "
+            f"that is allowed; the first is {first['path']} ({first['why']}); mend them, or allow more"
         )
-    if state.scaler.is_enabled() and state.scaler.get_scale() < _SMALLEST_LOSS_SCALE:
-        raise Diverged(f"every gradient overflows fp16 by step {state.step}, however small the loss is scaled")
+    return Remark(state.step, f"{count - known} more training image(s) cannot be read, {count} of {num} so far; others "
+                  "of their class are used instead, see result.json")  # fmt: skip
+
+
+def _end_epoch(under: Underway) -> Iterator[Record]:
+    """Evaluate and save."""
+    config, state, around = under.config, under.state, under.around
+    with around.clock.pause():
+        try:
+            record = evaluate_state(config, state, around)
+        except (Halted, UserError) as error:
+            said = _save(under, is_best=False)
+            raise _interrupted(under, _outcome(under, said)) if isinstance(error, Halted) else error from None
+        state.weights_sha256["end"] = same_weights(state.model, f"after step {state.step}")
+        epoch = state.step // around.plan.steps_per_epoch
+        is_best = record.raw.top1 > state.best.top1
+        if is_best:
+            state.best = Best(record.raw.top1, epoch, state.step)
+        state.is_evaluated = True
+        # Written down before the checkpoint: a run that is killed in between does the epoch again.
+        yield record
+        is_due = epoch % config.checkpoint.every_epochs == 0 or state.step == around.plan.total_steps
+        if is_due or is_best:
+            yield from _save(under, is_best)
+
+
+def _save(under: Underway, is_best: bool) -> list[Remark]:
+    """Write a checkpoint on the first rank; say so if the disk does not take it. The others wait."""
+    state, around = under.state, under.around
+    around.beat(state.step, watchdog.SAVE)
+    state.losses = under.guard.history
+    state.saves += 1
+    times = {
+        "train_seconds": state.train_seconds + around.clock.train_seconds,
+        "speed": speed_so_far(state, around.clock),
+    }
+    tensors, values = snapshot(state, times | around.facts)
+
+    def write() -> str | int:
+        try:
+            return around.store.save(state.step, tensors, values, is_best)
+        except NotSaved as error:
+            return str(error)
+
+    found = from_first(write)
+    under.saved_at = time.monotonic()
+    if isinstance(found, int):
+        state.saved_bytes += found
+        return []
+    state.failed_saves += 1
+    return [Remark(state.step, f"the checkpoint of step {state.step} could not be written ({found}), the "
+                   f"{state.failed_saves}. such attempt")]  # fmt: skip
+
+
+def _train_record(under: Underway, lr: float) -> TrainRecord:
+    """Close the window; reads the alphas from the device."""
+    state, around, window = under.state, under.around, under.state.window
+    alphas = [state.model.get_parameter(f"{site}.alpha").detach().mean() for site in around.sites]
+    values = torch.stack(alphas).tolist() if alphas else []
+    if state.scaler.is_enabled() and (scale := state.scaler.get_scale()) < _SMALLEST_LOSS_SCALE:
+        message = f"every gradient overflows fp16 by step {state.step}, however small the loss is scaled"
+        raise Diverged(message, state.step - 1, under.samples[state.step - 1], {"scale": scale})
+    state.window = Window()
     return TrainRecord(
         step=state.step,
         epoch=state.step / around.plan.steps_per_epoch,
-        samples_seen=state.step * config.global_batch,
-        loss=loss,
+        samples_seen=state.step * under.config.global_batch,
+        loss=window.loss_sum / window.steps,
         lr=lr,
-        grad_norm=grad_norm,
+        grad_norm=window.grad_norm,
         speed=Speed(**around.clock.window()),
         world=around.place.world,
-        alpha=dict(zip(around.sites, values[3:], strict=True)),
+        alpha=dict(zip(around.sites, values, strict=True)),
     )
 
 
 def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> EvalRecord:
     """Evaluate the raw and, if there are, the EMA weights over the whole validation split."""
 
+    def watched() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in around.val():
+            around.beat(state.step, watchdog.EVALUATE)
+            yield batch.images, batch.targets, batch.indices
+
     def accuracy(model: nn.Module) -> Accuracy:
         # The statistics of a BatchNorm that was left are each rank's own; from here on all have the same.
         average_buffers(model)
-        return evaluate(model, around.val(), around.num_val, autocast(config, around.place.device))
+        return evaluate(model, watched(), around.num_val, autocast(config, around.place.device), lambda: bool(around.stopped_by()))
 
     return EvalRecord(
         step=state.step,
@@ -290,28 +344,4 @@ def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> Eva
         samples_seen=state.step * config.global_batch,
         raw=accuracy(state.model),
         ema=accuracy(state.ema.module) if state.ema is not None else None,
-    )
-
-
-def _save(config: RunConfig, state: State, around: Surroundings, is_best: bool) -> None:
-    epoch = state.step // around.plan.steps_per_epoch
-    is_due = epoch % config.checkpoint.every_epochs == 0 or state.step == around.plan.total_steps
-    if not around.place.is_first or not (is_due or is_best):
-        return
-    tensors: dict[str, dict[str, Tensor]] = {"model": state.model.state_dict(), "optimizer": {}}
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors["optimizer"] |= {f"{index}.{name}": value for name, value in moments.items()}
-    if state.ema is not None:
-        tensors["ema"] = state.ema.module.state_dict()
-    around.store.save(
-        state.step,
-        tensors,
-        {
-            "best": vars(state.best),
-            "scaler": state.scaler.state_dict(),
-            "train_seconds": state.train_seconds + around.clock.train_seconds,
-            "speed": speed_so_far(state, around.clock),
-            "weights_sha256": state.weights_sha256,
-        },
-        is_best,
     )

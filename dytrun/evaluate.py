@@ -1,21 +1,32 @@
 """Exact accuracy over an unpadded split: integer counts, every image once, whatever the ranks and the batch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dytrun.distributed import all_sum
+from dytrun.errors import UserError
 from dytrun.records import Accuracy
+
+# Batches between two agreements of the ranks on whether to go on.
+_AGREE_EVERY = 8
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+class Halted(Exception):
+    """Stopped on request in mid-evaluation, on every rank alike; nothing has changed."""
+
+
+def _never() -> bool:
+    return False
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    num: int,
-    autocast: torch.autocast,
+    model: nn.Module, batches: Batches, num: int, autocast: torch.autocast, is_stopped: Callable[[], bool] = _never
 ) -> Accuracy:
     """Count top-1 and top-5 hits of `model` over a split of `num` images that the ranks share out.
 
@@ -25,8 +36,13 @@ def evaluate(
             model; any number, also none.
         num: images of the whole split; every one must be in exactly one batch of one rank.
         autocast: the precision of the run.
+        is_stopped: asked at every batch; one rank's yes ends the evaluation of all.
 
     The counts are the same for every number of ranks and every batch size, as long as the logits are.
+
+    Raises:
+        Halted: one rank was told to stop.
+        UserError: an image cannot be read: names it on the rank that has met it, and says nothing on the others.
     """
     device = next(model.parameters()).device
     # One row an image: seen, top-1 hit, top-5 hit. Nothing is read from the device before the end.
@@ -34,16 +50,18 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for images, labels, positions in batches:
-        with autocast:
-            logits = model(images)
-        logits = logits.float()
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        hits[positions, 0] += 1
-        hits[positions, 1] += top[:, 0].int()
-        hits[positions, 2] += top.any(dim=1).int()
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-    model.train(was_training)
+    try:
+        for images, labels, positions in _together(batches, is_stopped, device):
+            with autocast:
+                logits = model(images)
+            logits = logits.float()
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            hits[positions, 0] += 1
+            hits[positions, 1] += top[:, 0].int()
+            hits[positions, 2] += top.any(dim=1).int()
+            loss += F.cross_entropy(logits, labels, reduction="sum").double()
+    finally:
+        model.train(was_training)
     hits, loss = all_sum(hits).cpu(), all_sum(loss).item()
     assert bool((hits[:, 0] == 1).all()), "an image of the split was not seen exactly once"
     return Accuracy(
@@ -53,3 +71,28 @@ def evaluate(
         loss=loss / num,
         correct=hits[:, 1].bool().numpy(),
     )
+
+
+def _together(
+    batches: Batches, is_stopped: Callable[[], bool], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Go through this rank's batches; leave, whatever the reason, at the same time as all other ranks."""
+    waiting, is_done, wrong = iter(batches), False, None
+    while True:
+        for _ in range(_AGREE_EVERY):
+            try:
+                if is_done or wrong is not None or is_stopped():
+                    break
+                yield next(waiting)
+            except StopIteration:
+                is_done = True
+            except UserError as error:
+                wrong = error
+        word = torch.tensor([is_stopped(), wrong is not None, not is_done], dtype=torch.int32).to(device)
+        stopped, wrongs, unfinished = all_sum(word).tolist()
+        if wrongs:
+            raise wrong or UserError()
+        if stopped:
+            raise Halted
+        if not unfinished:
+            return

@@ -7,21 +7,26 @@ torch is imported only where it is needed, so that a finished run is recognised 
 """
 
 import contextlib
-import fcntl
 import os
-import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dytrun import ranks
-from dytrun.config import EvalConfig, RunConfig
+from dytrun import ranks, terminal
+from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.errors import UserError, first_line
+from dytrun.owner import owned
 from dytrun.records import RunResult, write_json
+from dytrun.stop import Stop
 
 if TYPE_CHECKING:
     from dytrun.plan import Outline
+
+
+# Longer than a preempted job is given by most clusters.
+_WAIT_S = 600.0
 
 
 def is_joined() -> bool:
@@ -81,6 +86,11 @@ def will_restart() -> bool:
     return int(os.environ.get("DYTRUN_RESTARTS_LEFT", "0")) > 0
 
 
+def wait_to_be_ended() -> None:
+    """Give whoever ends this job the time for it: submitit's handler, srun or SLURM itself."""
+    time.sleep(_WAIT_S)
+
+
 def forbid_restart() -> None:
     """Say to the batch script that another start would end as this one."""
     Path(os.environ["DYTRUN_NO_RESTART"]).touch()
@@ -131,9 +141,29 @@ def train(config: RunConfig, begin: Callable[[RunConfig], RunResult | None]) -> 
     from dytrun import machine, run
 
     _, world = machine.resolve_devices(config.machine.devices)
-    with _owned(config), _failure_noted(config):
-        ranks.start_ranks(run.train_rank, (str(config.run_dir.resolve()),), world)
+    with owned(config), _failure_noted(config):
+        said = _start(config, run.train_rank, world)
+        if said is not None:
+            raise ranks.Stopped(said)
     return RunResult.load(config.run_dir / "result.json")
+
+
+def _start(config: RunConfig, entry: Callable[[str], str | None], world: int) -> str | None:
+    """Start the ranks, and again after a crash as often as `machine.max_restarts` allows without a new checkpoint."""
+    from dytrun.checkpoint import Store
+
+    store = Store(config.run_dir / "checkpoints", config.checkpoint.keep)
+    left = most = config.machine.max_restarts
+    while True:
+        step = store.newest_step
+        try:
+            return ranks.start_ranks(entry, (str(config.run_dir.resolve()),), world, is_stoppable=True)
+        except ranks.Failed as error:
+            left = most if store.newest_step != step else left
+            if left == 0:
+                raise
+            left -= 1
+            terminal.line(f"{first_line(error)}; starting again, {left} more time(s) without a new checkpoint")
 
 
 def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | None]) -> RunResult:
@@ -143,19 +173,23 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
     machine: what counts is the first one's, and where that one writes.
     """
     from dytrun import distributed, run
+    from dytrun.engine import Interrupted
 
-    with contextlib.ExitStack() as held, run.joined_session(config) as place:
+    with contextlib.ExitStack() as held, Stop().listening() as stop, run.joined_session(config) as place:
 
         def decided() -> tuple[RunResult | None, str, str]:
             done = begin(config)
             if done is None:
-                held.enter_context(_owned(config))
+                held.enter_context(owned(config))
                 held.enter_context(_failure_noted(config))
             return done, config.model_dump_json(), str(config.run_dir.resolve())
 
         done, text, directory = distributed.from_first(decided)
         if done is None:
-            run.train_here(RunConfig.model_validate_json(text), Path(directory), place)
+            try:
+                run.train_here(RunConfig.model_validate_json(text), Path(directory), place, stop)
+            except Interrupted as error:
+                raise ranks.Stopped(str(error)) from None
         return distributed.from_first(lambda: done or RunResult.load(Path(directory) / "result.json"))
 
 
@@ -176,6 +210,25 @@ def _failure_noted(config: RunConfig) -> Iterator[None]:
             result = RunResult(status=status, message=said + first_line(error), **run.identity(config))
             result.save(config.run_dir / "result.json")
         raise
+
+
+def replay(config: ReplayConfig) -> dict[str, Any] | None:
+    """Do the step again at which a run diverged; return what was seen, on the first rank.
+
+    Raises:
+        UserError: there is no such run, it has not diverged, or the ranks are not as many.
+        ranks.Failed: a rank died or raised.
+    """
+    ranks.warm_up()
+    from dytrun import machine, run
+    from dytrun.replay import is_reproduced
+
+    directory = Path(config.dir)
+    run.load_config(directory)
+    _, world = machine.resolve_devices(config.devices)
+    args = (str(directory.resolve()), config.model_dump_json())
+    found = run.replay_rank(*args) if is_joined() else ranks.start_ranks(run.replay_rank, args, world)
+    return found and found | {"is_reproduced": is_reproduced(found)}
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -200,30 +253,3 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         }
         write_json(directory / "eval.json", {"checkpoint": config.checkpoint, "step": found["step"]} | figures)
     return found or {}
-
-
-@contextlib.contextmanager
-def _owned(config: RunConfig) -> Iterator[None]:
-    """Take the run's directory for this process, and write the configuration there.
-
-    The lock goes with the process, however that ends.
-
-    Raises:
-        UserError: the directory cannot be written, or another process trains there.
-    """
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (config.run_dir / ".lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(f"{config.run_dir}: {lock.read().strip()} trains there; wait for it, or stop it") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
-    except OSError as error:
-        raise UserError(f"runs_dir: {config.run_dir} cannot be written ({error.strerror}); choose another") from None
-    with lock:
-        yield

@@ -22,6 +22,7 @@ from dytrun import machine, ranks
 from dytrun.board import Board, Job, counted
 from dytrun.launcher_config import PoolConfig, checked
 from dytrun.machine import Slot
+from dytrun.stop import as_interrupt
 from dytrun.task import Batch, Outcome, Task, outcomes
 
 # How often the table is looked at again, and how long a job may take to leave when it is told to.
@@ -65,7 +66,7 @@ class _Pool:
     def work(self) -> None:
         """Run what waits; on SIGTERM or Ctrl-C end what runs and start no more."""
         title = f"{counted(self._jobs)}, {len(self._free)} at a time; what they print is in {self._folder}/logs"
-        with ranks.stoppable(), Board(list(self._jobs.values()), title) as board:
+        with as_interrupt(), Board(list(self._jobs.values()), title) as board:
             try:
                 while self._waiting or self._running:
                     while self._waiting and self._free:

@@ -26,6 +26,7 @@ from typing import Any
 from setproctitle import setproctitle, setthreadtitle
 
 from dytrun.errors import UserError
+from dytrun.stop import SIGNALS, STOPPED, ignored, passed_on
 
 # What stands in the traceback of a rank that fails because another has.
 _LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
@@ -60,7 +61,9 @@ def warm_up(*modules: str) -> None:
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(["dytrun.run", *modules])
-    multiprocessing.forkserver.ensure_running()
+    # A signal to the whole group is not for that process: ranks whose server has gone would count as dead.
+    with ignored():
+        multiprocessing.forkserver.ensure_running()
 
 
 def enter_job(launcher: int, title: str) -> None:
@@ -74,8 +77,12 @@ def enter_job(launcher: int, title: str) -> None:
     _bind_to(launcher, title)
 
 
-def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int) -> Any:
-    """Run `entry(*args)` on `world` ranks of this machine and return what rank 0 returned."""
+def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int, is_stoppable: bool = False) -> Any:
+    """Run `entry(*args)` on `world` ranks of this machine and return what rank 0 returned.
+
+    Where the entry `is_stoppable` a first signal only asks it to stop (`stop.Stop`, DYTRUN_STOP_NOTE), and it returns
+    when it has; a second one ends the ranks at once. Else the first one does.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -86,7 +93,7 @@ def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int) ->
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="dytrun-") as logs, _quiet():
+    with tempfile.TemporaryDirectory(prefix="dytrun-") as logs, _quiet(), _gateway(Path(logs), is_stoppable) as note:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -100,18 +107,21 @@ def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int) ->
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle="SIGQUIT" if is_stoppable else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         )
         try:
-            return elastic_launch(config, _rank)(os.getpid(), entry, *args)[0]
+            return elastic_launch(config, _rank)(os.getpid(), note, entry, *args)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if failure.exitcode == STOPPED:
+                raise Stopped("stopped at once by a second signal; nothing was saved for that") from None
             how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             died = f"rank {rank} died: {how}, process {failure.pid}; the other ranks were ended"
             raise _first_cause(Path(logs)) or Failed(died) from None
         except SignalException as error:
             raise Stopped(f"stopped by {signal.Signals(error.sigval).name}") from None
         except KeyboardInterrupt:
-            raise Stopped("stopped by Ctrl-C") from None
+            raise Stopped("stopped at once; nothing was saved for that") from None
 
 
 def _start_method() -> str:
@@ -124,8 +134,26 @@ def _start_method() -> str:
     return "forkserver" if machine.num_gpus() else "fork"
 
 
-def _rank(launcher: int, entry: Callable[..., Any], *args: Any) -> Any:
+@contextlib.contextmanager
+def _gateway(folder: Path, is_stoppable: bool) -> Iterator[str]:
+    """Stand between signals and the ranks; give the file in which the ranks look whether they are to stop."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    # When a rank has failed the others have nothing left to save: torchelastic would ask them to leave, which they
+    # take for a wish to stop, and wait half a minute for one that is stuck.
+    if hasattr(api, "_get_default_signal"):
+        setattr(api, "_get_default_signal", lambda: signal.SIGKILL)
+    if not is_stoppable:
+        yield ""
+        return
+    note = folder / "stop"
+    with passed_on(note, "the step under way is finished and saved; again to leave at once"):
+        yield str(note)
+
+
+def _rank(launcher: int, note: str, entry: Callable[..., Any], *args: Any) -> Any:
     """Run `entry` in a process that ends with its launcher, however that ends."""
+    os.environ["DYTRUN_STOP_NOTE"] = note
     _bind_to(launcher, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, {Path(args[0]).name}")
     try:
         return entry(*args)
@@ -141,25 +169,11 @@ def lost_peer(trace: str) -> bool:
     return any(sign in trace for sign in _LOST_PEER)
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """While it lasts SIGTERM is as Ctrl-C."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _bind_to(launcher: int, title: str) -> None:
     """Let this process end with another one, by signals at once and without a traceback, and show what it is."""
     threading.Thread(target=_leave_with, args=(launcher,), daemon=True).start()
     # A shell's background job ignores SIGINT, and its children would too; a forked one has its parent's handlers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in (*SIGNALS, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     show_title(title)
 

@@ -6,7 +6,7 @@ Accuracies are in percent, times in the unit that the name ends with, memory in 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +110,15 @@ class EvalRecord:
         return values
 
 
-Record = TrainRecord | EvalRecord
+@dataclass(frozen=True)
+class Remark:
+    """What a person should know of a step, in a line: no metric."""
+
+    step: int
+    text: str
+
+
+Record = TrainRecord | EvalRecord | Remark
 Status = Literal["finished", "diverged", "interrupted", "failed"]
 
 
@@ -159,6 +167,16 @@ class RunResult:
     train_seconds: float | None = None
     weights_sha256: Mapping[str, str] = field(default_factory=dict)
     """Of the raw weights at the `start` and at the `end` of training; checked to be the same on all ranks."""
+    bad_images: Sequence[Mapping[str, Any]] = ()
+    """Training images that could not be read: index, path, why, and the one that was used instead."""
+    substituted: int = 0
+    """How often one of them was to be read."""
+    loss_spikes: Sequence[int] = ()
+    """Steps whose loss lay ten robust standard deviations above the median of the 128 before."""
+    checkpoints: Mapping[str, int] = field(default_factory=dict)
+    """How many were to be written, how many could not be, and the bytes of the others."""
+    starts: Sequence[Mapping[str, Any]] = ()
+    """Each start of the run: from which step, and what was different from the one before."""
     alpha: Mapping[str, float] = field(default_factory=dict)
     """Final alpha of each site; its mean where there is one a channel."""
     init: Mapping[str, Any] = field(default_factory=dict)

@@ -6,6 +6,7 @@ Ranks read config.json and nothing else; what they do not share is their place (
 """
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,48 +14,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import timm
 import torch
 import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import machine, norm, optim, terminal
+from dytrun import machine, norm, optim, replay, resume, terminal
 from dytrun.arm import build_arm
-from dytrun.checkpoint import Checkpoint, Store
-from dytrun.config import EvalConfig, RunConfig
+from dytrun.checkpoint import Store
+from dytrun.compute import autocast
+from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.data import RankShare, ValBatches, train_batches
-from dytrun.distributed import Place, barrier, broadcast_tensors, from_first, session
-from dytrun.engine import (
-    Diverged,
-    State,
-    Surroundings,
-    autocast,
-    build_state,
-    evaluate_state,
-    fit,
-    restore,
-    speed_so_far,
-)
+from dytrun.distributed import Place, barrier, from_first, session
+from dytrun.engine import Diverged, Interrupted, Surroundings, evaluate_state, fit
 from dytrun.errors import UserError
 from dytrun.evaluate import evaluate
 from dytrun.model import compile_model, trainable
-from dytrun.records import Accuracy, EvalRecord, Record, RunResult, write_json
+from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, write_json
 from dytrun.sources import Data, load_data
+from dytrun.state import State, build_state, restore, speed_so_far
+from dytrun.stop import Stop
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
 from dytrun.validation import validate
 from dytrun.warmstart import calibrate_start, load_start, wants_calibration
+from dytrun.watchdog import Watchdog
 
 # Which implementation computes the norms that are no point-wise layers.
 _NORM_IMPL = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"}
 
 
-def train_rank(run_dir: str) -> None:
-    """Train the run of `run_dir` on this rank, which `launch` has started for it."""
+def train_rank(run_dir: str) -> str | None:
+    """Train the run of `run_dir` on this rank, which `launch` has started for it; say if it was stopped, and where."""
+    note = os.environ.get("DYTRUN_STOP_NOTE")
     config = load_config(Path(run_dir))
-    with joined_session(config) as place:
-        train_here(config, Path(run_dir), place)
+    with Stop(Path(note) if note else None).listening() as stop:
+        try:
+            with joined_session(config) as place:
+                train_here(config, Path(run_dir), place, stop)
+        except Interrupted as error:
+            return str(error)
+    return None
 
 
 def joined_session(config: RunConfig) -> AbstractContextManager[Place]:
@@ -63,10 +65,13 @@ def joined_session(config: RunConfig) -> AbstractContextManager[Place]:
     return session(devices, config.machine.collective_timeout_s)
 
 
-def train_here(config: RunConfig, directory: Path, place: Place) -> None:
+def train_here(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None:
     """Train a run on this rank, from its last checkpoint if it has one; rank 0 writes the files.
 
     When it returns, on any rank, result.json is there.
+
+    Raises:
+        Interrupted: a rank was told to stop; on every rank, when the checkpoint is written.
     """
     machine.prepare_torch(config.machine, place.device)
     data = load_data(config.data)
@@ -74,60 +79,79 @@ def train_here(config: RunConfig, directory: Path, place: Place) -> None:
     model, sites = build_arm(config, data.num_classes)
     model = _placed(model, config, place)
     store = Store(directory / "checkpoints", config.checkpoint.keep)
-    saved = _newest(store, place)
+    saved, said = resume.newest(store, place)
+    resume.check_data(saved, data, config.data.root)
     workers = machine.worker_count(config.machine.workers, place.device)
     share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
                       saved.step if saved else 0, plan.total_steps)  # fmt: skip
     here = place.rank, place.world, place.device
-    around = Surroundings(
-        plan=plan,
-        place=place,
-        clock=Clock(place.device, config.global_batch),
-        train=train_batches(config, data, share, place.device, workers),
-        val=ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here),
-        num_val=len(data.val.labels),
-        store=store,
-        sites=[site.name for site in sites if site.alpha_init is not None],
-    )
-    if saved is None:
-        with around.clock.pause():
-            _warm_start(config, model, data, around, directory)
-    state = build_state(model, config, place.device)
-    if saved is not None:
-        restore(state, saved)
-    compile_model(model, config.machine.compile)
-    result = facts(config, place, data, model) | {
-        "num_norm_sites": len(sites),
-        "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
-        | {"batch_per_rank": plan.batch_per_rank, "accumulation": plan.accumulation, "workers": workers},
-    }
-    if not place.is_first:
-        _follow(fit(config, state, around), config, state, around, None)
-        barrier()
-        return
-    display = terminal.Display(config.run_name, plan.total_steps, state.step)
-    tracker, ended = Tracker(config, directory, state.step, display.note), None
+    build = resume.build(config, place, plan, versions())
+    with Watchdog(place, directory / ".hang", config.machine.hang_timeout_s) as dog:
+        around = Surroundings(
+            plan=plan,
+            place=place,
+            clock=Clock(place.device, config.global_batch),
+            train=train_batches(config, data, share, place.device, workers),
+            val=ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here),
+            num_val=len(data.val.labels),
+            store=store,
+            sites=[site.name for site in sites if site.alpha_init is not None],
+            stopped_by=stop.asked_by,
+            beat=dog.beat,
+            num_train=len(data.train.labels),
+            facts={"build": build, "data": data.facts},
+        )
+        if saved is None:
+            with around.clock.pause():
+                _warm_start(config, model, data, around, directory)
+        state = build_state(model, config, place.device)
+        if saved is not None:
+            restore(state, saved, place)
+        from_first(lambda: store.check_room(_sized(state)))
+        compile_model(model, config.machine.compile)
+        result = facts(config, place, data, model) | {
+            "num_norm_sites": len(sites),
+            "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
+            | {"batch_per_rank": plan.batch_per_rank, "accumulation": plan.accumulation, "workers": workers},
+        }
+        if not place.is_first:
+            _follow(fit(config, state, around), config, state, around, directory)
+            barrier()
+            return
+        _lead(config, state, around, directory, (result, resume.begin(directory, saved, build, said)))
+
+
+def _lead(
+    config: RunConfig, state: State, around: Surroundings, directory: Path, known: tuple[dict[str, Any], list[str]]
+) -> None:
+    """Train as the first rank: the one that shows, logs and writes. `known` of the result, and what is to be said."""
+    result, said = known
+    display, ended, in_haste = terminal.Display(config.run_name, around.plan.total_steps, state.step), None, False
+    for line in said:
+        display.note(line)
+    tracker = Tracker(config, directory, Position(state.step, state.is_evaluated), display.note)
     try:
-        last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
+        last, message = _follow(fit(config, state, around), config, state, around, directory, (tracker, display))
         init = _init_facts(directory)
         if init.get("alpha_from") is not None:
             result["alpha_init"] = None
-        ended = RunResult(**result, **outcome(state, around, last, message), init=init)
+        ended = RunResult(**result, **outcome(state, around, last, message), init=init, starts=resume.starts(directory))
         if last is not None:
             _save_correct(directory / "correct.npz", last)
         ended.save(directory / "result.json")
         barrier()
+    except Interrupted:
+        in_haste = True
+        raise
     finally:
         display.close()
-        tracker.finish(ended)
+        tracker.finish(ended, in_haste)
 
 
 def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     """Evaluate a checkpoint of the run of `run_dir` on this rank's share; rank 0 returns the counts."""
     directory, chosen = Path(run_dir), EvalConfig.model_validate_json(options)
-    config = load_config(directory)
-    if chosen.data_root is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": chosen.data_root})})
+    config = _elsewhere(load_config(directory), chosen.data_root)
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -145,6 +169,20 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
                 model.load_state_dict(saved.tensors[part])
                 found[label] = evaluate(model, val(), len(data.val.labels), autocast(config, place.device))
     return {"step": saved.step, "accuracy": found} if place.is_first else None
+
+
+def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
+    """Do the step again at which the run of `run_dir` diverged; rank 0 returns what was seen."""
+    directory, chosen = Path(run_dir), ReplayConfig.model_validate_json(options)
+    config = _elsewhere(load_config(directory), chosen.data_root)
+    devices, _ = machine.resolve_devices(chosen.devices)
+    with session(devices, config.machine.collective_timeout_s) as place:
+        machine.prepare_torch(config.machine, place.device)
+        data = load_data(config.data)
+        model, _ = build_arm(config, data.num_classes)
+        plan = optim.plan_steps(config, len(data.train.labels), place.world)
+        found = replay.again(config, directory, data, (_placed(model, config, place), plan), place)
+    return found if place.is_first else None
 
 
 def load_config(run_dir: Path) -> RunConfig:
@@ -169,12 +207,18 @@ def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict
         "device": machine.device_name(place.device),
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,
-        "versions": {
-            "dytrun": dytrun.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
-        },
+        "versions": versions(),
         "commit": commit,
         "dirty": dirty,
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that computes."""
+    return {
+        "dytrun": dytrun.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
+        "pillow": PIL.__version__,
     }  # fmt: skip
 
 
@@ -200,6 +244,10 @@ def outcome(state: State, around: Surroundings, last: EvalRecord | None, message
         "message": message,
         "steps": state.step,
         "weights_sha256": state.weights_sha256,
+        "bad_images": [{"index": index} | image for index, image in sorted(state.bad_images.items())],
+        "substituted": state.substituted,
+        "loss_spikes": state.spikes,
+        "checkpoints": {"tried": state.saves, "failed": state.failed_saves, "bytes": state.saved_bytes},
         "train_seconds": state.train_seconds + around.clock.train_seconds,
         "alpha": {site: state.model.get_parameter(f"{site}.alpha").mean().item() for site in around.sites},
     }
@@ -216,38 +264,26 @@ def _follow(
     config: RunConfig,
     state: State,
     around: Surroundings,
-    sinks: tuple[Tracker, terminal.Display] | None,
+    directory: Path,
+    sinks: tuple[Tracker, terminal.Display] | None = None,
 ) -> tuple[EvalRecord | None, str | None]:
     """Hand every record to the sinks; return the last evaluation and, if training diverged, why."""
     last = None
     try:
         for record in records:
             last = record if isinstance(record, EvalRecord) else last
-            if sinks is not None:
-                tracker, display = sinks
+            if sinks is None:
+                continue
+            tracker, display = sinks
+            if isinstance(record, Remark):
+                display.note(record.text)
+            else:
                 tracker.log(record)
                 display.show(record)
     except Diverged as error:
-        return last, str(error)
+        return last, f"{error}; {replay.keep(directory, state.model, around, error)}"
     # A run that was stopped between its last checkpoint and its result has nothing left to train.
     return last or evaluate_state(config, state, around), None
-
-
-def _newest(store: Store, place: Place) -> Checkpoint | None:
-    """Return the newest whole checkpoint: the first rank reads it, and every rank gets what was read."""
-    read: list[Checkpoint] = []
-
-    def head() -> tuple[int, dict[str, Any], list[str]] | None:
-        if (saved := store.load()) is not None:
-            read.append(saved)
-        return saved and (saved.step, saved.state, list(saved.tensors))
-
-    found = from_first(head)
-    if found is None:
-        return None
-    step, state, parts = found
-    tensors = {part: broadcast_tensors(read[0].tensors[part] if read else None, place.device) for part in parts}
-    return Checkpoint(step, tensors, state)
 
 
 def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroundings, directory: Path) -> None:
@@ -268,6 +304,19 @@ def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroun
         torch.cuda.reset_peak_memory_stats(around.place.device)  # the peak of a run is that of its training
     if around.place.is_first:
         write_json(directory / "init.json", found)
+
+
+def _elsewhere(config: RunConfig, root: str | None) -> RunConfig:
+    """Return a configuration whose data lies elsewhere."""
+    if root is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+
+
+def _sized(state: State) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what a checkpoint of a run will hold, before the optimizer has its moments: two for each weight."""
+    weights = state.model.state_dict()
+    return {"model": weights, "first": weights, "second": weights} | ({} if state.ema is None else {"ema": weights})
 
 
 def _init_facts(directory: Path) -> dict[str, Any]:

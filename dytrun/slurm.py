@@ -28,6 +28,7 @@ from dytrun import ranks, terminal
 from dytrun.board import Board, Job, counted
 from dytrun.errors import UserError
 from dytrun.launcher_config import PLAIN, SlurmConfig, checked
+from dytrun.stop import as_interrupt
 from dytrun.task import Batch, Outcome, outcomes
 
 _POLL_S = 2.0
@@ -64,7 +65,7 @@ class Slurm(SlurmLauncher):
                 (records / f"{name}.json").write_text(json.dumps([job_id, str(folder)]))
         jobs = {name: Job(name, batch.configs[name].run_dir, batch.configs[name].epochs) for name in batch.pending}
         try:
-            with ranks.stoppable():
+            with as_interrupt():
                 _wait(jobs, ids, folder)
         except KeyboardInterrupt:
             for name in (name for name, job in jobs.items() if job.outcome is None):
@@ -165,11 +166,13 @@ def restart_lines(crashes: Path, most: int) -> list[str]:
         f"export DYTRUN_RESTARTS_LEFT=$(({most} - $(wc -l < {count}))) DYTRUN_NO_RESTART={count}.final",
         "dytrun_leave() {",
         "  code=$?; job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
-        '  [ $code -ne 0 ] && [ $DYTRUN_RESTARTS_LEFT -gt 0 ] && [ ! -e "$DYTRUN_NO_RESTART" ] || return',
+        # 75: told to stop, and saved. That is no crash.
+        '  [ $code -eq 75 ] || { [ $code -ne 0 ] && [ $DYTRUN_RESTARTS_LEFT -gt 0 ] && [ ! -e "$DYTRUN_NO_RESTART" ]; }'
+        " || return",
         # scancel ends the script too; the controller calls a job COMPLETING before it tells it, and would requeue it.
         "  state=$(squeue --noheader --jobs=$job --format=%T)",
         '  echo "dytrun: exit code $code of a job that is $state, starts left: $DYTRUN_RESTARTS_LEFT"',
-        f"  case $state in RUNNING | SIGNALING) echo $code >> {count}; scontrol requeue $job ;; esac",
+        f"  case $state in RUNNING | SIGNALING) [ $code -eq 75 ] || echo $code >> {count}; scontrol requeue $job ;; esac",
         "}",
         "trap dytrun_leave EXIT",
     ]

@@ -7,6 +7,7 @@ notes there how it ended, and whoever started the jobs reads it.
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -82,6 +83,8 @@ class Task:
             found = Outcome(name, "refused", error.problems)
         except ranks.Stopped as error:
             found = Outcome(name, "stopped", (str(error),))
+            if launch.is_batch_job():
+                self._leave_batch_job(found)
         except Exception as error:
             first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed) else (
                 first_line(error), "", traceback.format_exc())  # fmt: skip
@@ -107,6 +110,29 @@ class Task:
         elif is_final or not launch.will_restart():
             self._note(found)
         raise SystemExit(FAILED)
+
+    def _leave_batch_job(self, found: Outcome) -> None:
+        """End a task of SLURM's that was told to stop and has saved, so that the job comes back; or return.
+
+        The signal that submitit knows goes to its own handler: it asks for another start, and counts those after a
+        job has run out of time. After another one our batch script does; where the script is not ours SLURM does
+        itself, if it ends the job, and not if the job ends before.
+        """
+        from dytrun import launch
+
+        sys.stderr.write(f"dytrun: {found.problems[0]}\n")
+        sys.stderr.flush()
+        known = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+        if known.name in found.problems[0]:
+            handler = signal.getsignal(known)
+            if callable(handler) and os.environ.get("RANK", "0") == "0":
+                handler(known, None)
+            launch.wait_to_be_ended()
+        elif "SLURM_JOB_ID" in os.environ and not launch.may_restart():
+            launch.wait_to_be_ended()
+        elif "SLURM_JOB_ID" not in os.environ:
+            return
+        raise SystemExit(STOPPED)
 
     def _note(self, found: Outcome) -> None:
         # Ranks of one job share a folder: the first one notes how the run ended, another what went wrong with it.

@@ -10,6 +10,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 COMMANDS = {
     "train": "train one run, or with -m a sweep",
     "eval": "evaluate a run's checkpoint exactly: dytrun eval DIR",
+    "replay": "do the step again at which a run diverged, and say where: dytrun replay DIR",
     "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
 }
 EXAMPLES = {
@@ -26,6 +27,13 @@ EXAMPLES = {
         "dytrun eval runs/NAME data_root=/mnt/imagenet",
         "dytrun eval runs/NAME devices=2",
         "dytrun eval runs/NAME batch_per_rank=256 workers=8",
+    ),
+    "replay": (
+        "dytrun replay runs/NAME",
+        "dytrun replay runs/NAME data_root=/mnt/imagenet",
+        "dytrun replay runs/NAME devices=2",
+        "dytrun replay runs/NAME devices=[0,1]",
+        "dytrun replay dir=runs/NAME --cfg job",
     ),
     "report": (
         "dytrun report",

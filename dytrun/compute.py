@@ -1,0 +1,49 @@
+"""What a step computes: its precision, its loss, its exchange of gradients."""
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dytrun.config import RunConfig
+from dytrun.data import Batch
+from dytrun.distributed import Place
+
+# torch 2.14 has renamed DDP's argument, and 2.11 knows only the old name.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Return the context of a run's precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def train_loss(net: nn.Module, batch: Batch, config: RunConfig) -> Tensor:
+    """Return the mean training loss of a micro-batch; soft targets were smoothed when they were mixed."""
+    smoothing = 0.0 if batch.targets.is_floating_point() else config.augment.smoothing
+    with autocast(config, batch.images.device):
+        logits = net(batch.images)
+    return F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing)
+
+
+def distribute(model: nn.Module, place: Place, accumulation: int) -> nn.Module:
+    """Wrap a model in DDP where there is more than one rank; the model itself stays usable."""
+    if place.world == 1:
+        return model
+    # A hint about speed for 1×1 convolutions, whose gradients come in another order than their buckets.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    ids = [place.device.index] if place.device.type == "cuda" else None
+    # DDP learns a static graph in its first backward pass, which may then not be one that sends no gradients: torch
+    # 2.14 fails an assertion there (pytorch issue 143580). To send them in that one alone would be right up to
+    # rounding, but a run that was interrupted would no longer end bit-equal to one that was not.
+    options: dict[str, Any] = {_SYNC_BUFFERS: False, "static_graph": accumulation == 1}
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)

@@ -1,0 +1,160 @@
+"""The step at which a run diverged: kept when it happens, and done again to see where the numbers leave the finite.
+
+What is kept is the weights before that step; images, mixing and drop-path are functions of the step's number.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dytrun.checkpoint import NotSaved, Store
+from dytrun.compute import train_loss
+from dytrun.config import RunConfig
+from dytrun.data import Batch, RankShare, train_batches
+from dytrun.distributed import Place, all_sum, broadcast_tensors, from_first, gather
+from dytrun.engine import Diverged, Surroundings
+from dytrun.errors import UserError
+from dytrun.optim import Plan
+from dytrun.records import write_json
+from dytrun.sources import Data
+
+_FOLDER = "diverged"
+# Of many parameters the ones with the largest gradients are shown.
+_MOST = 8
+
+
+def keep(directory: Path, model: nn.Module, around: Surroundings, error: Diverged) -> str:
+    """Write `diverged/` into a run's directory: the step, its images on each rank, its numbers, and the weights.
+
+    Every rank must call it. Returns what a person is told.
+    """
+    ranks = [{"rank": rank, "images": images} for rank, images in enumerate(gather(error.samples))]
+    found = {
+        "step": error.step,
+        "epoch": error.step // around.plan.steps_per_epoch,
+        "why": str(error),
+        "numbers": error.numbers,
+        "world": around.place.world,
+        "command": f"dytrun replay {directory}",
+        "ranks": ranks,
+    }
+
+    def write() -> str:
+        try:
+            Store(directory / _FOLDER, keep=2).save(error.step, {"model": model.state_dict()}, found, is_best=False)
+            write_json(directory / _FOLDER / "step.json", found)
+        except (NotSaved, OSError) as wrong:
+            return f"its step could not be kept ({wrong})"
+        return f"do that step again: {found['command']}"
+
+    return from_first(write)
+
+
+def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, Plan], place: Place) -> dict[str, Any]:
+    """Do the kept step again, up to its gradients.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        data: as the run's.
+        arm: the model, on its device, which gets the kept weights; and the plan of the run.
+        place: one of as many ranks as the run had.
+
+    Returns:
+        step, recorded and found numbers, for each rank its loss, the images whose loss is not finite and the first
+        module whose output is not; the parameters with the largest gradients.
+
+    Raises:
+        UserError: nothing was kept, it is damaged, or the ranks are not as many.
+    """
+    model, plan = arm
+    kept: list[dict[str, Tensor]] = []
+
+    def head() -> tuple[int, dict[str, Any]]:
+        if not (directory / _FOLDER).is_dir():
+            raise UserError(f"{directory}: no step was kept there; only a run that diverged has one")
+        saved = Store(directory / _FOLDER, keep=2).look_up("LATEST")
+        kept.append(saved.tensors["model"])
+        return saved.step, saved.state
+
+    step, found = from_first(head)
+    if found["world"] != place.world:
+        raise UserError(f"devices: the run had {found['world']} rank(s), and here are {place.world}; say devices="
+                        f"{found['world']}")  # fmt: skip
+    model.load_state_dict(broadcast_tensors(kept[0] if kept else None, place.device))
+    share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, step,
+                      step + 1)  # fmt: skip
+    batches = list(train_batches(config, data, share, place.device, 0))
+    model.train()
+    with _Watch(model) as watch:
+        loss = sum((watch.backward(batch, config) / len(batches) for batch in batches), torch.zeros(()))
+    grads = {name: all_sum(p.grad) / place.world for name, p in model.named_parameters() if p.grad is not None}
+    norms = {name: float(grad.norm()) for name, grad in grads.items()}
+    worst = sorted(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf, reverse=True)
+    mine = {"rank": place.rank, "loss": float(loss), "images": [batch.indices.tolist() for batch in batches],
+            "images_not_finite": watch.images, "first_module": watch.module}  # fmt: skip
+    ranks = gather(mine)
+    return {
+        "step": step,
+        "recorded": found["numbers"],
+        "loss": sum(one["loss"] for one in ranks) / place.world,
+        "grad_norm": math.sqrt(sum(norm**2 for norm in norms.values())),
+        "same_images": [one["images"] for one in ranks] == [one["images"] for one in found["ranks"]],
+        "ranks": ranks,
+        "gradients": {name: norms[name] for name in worst[:_MOST]},
+    }
+
+
+def is_reproduced(found: Mapping[str, Any]) -> bool:
+    """Whether a step done again has the loss that was recorded, on the same images."""
+    before, now = found["recorded"].get("loss"), found["loss"]
+    if before is None or not math.isfinite(before) or not math.isfinite(now):
+        is_same = before is None or (math.isnan(before), math.isinf(before)) == (math.isnan(now), math.isinf(now))
+    else:
+        is_same = math.isclose(before, now, rel_tol=1e-5)
+    return bool(is_same and found["same_images"])
+
+
+class _Watch:
+    """Sees where a model's numbers leave the finite, while it lasts."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.module: str | None = None
+        self.images: list[int] = []
+        self._logits = torch.empty(0)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "_Watch":
+        for name, module in self._model.named_modules():
+            if not list(module.children()):
+                self._hooks.append(module.register_forward_hook(self._seer(name)))
+        self._hooks.append(self._model.register_forward_hook(self._keep_logits))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def backward(self, batch: Batch, config: RunConfig) -> Tensor:
+        """Add the gradients of a micro-batch; return its loss."""
+        loss = train_loss(self._model, batch, config)
+        loss.backward()
+        losses = F.cross_entropy(self._logits.float(), batch.targets, reduction="none")
+        self.images += batch.indices[~torch.isfinite(losses).cpu()].tolist()
+        return loss.detach().cpu()
+
+    def _seer(self, name: str) -> Any:
+        def see(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self.module is None and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                self.module = name
+
+        return see
+
+    def _keep_logits(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._logits = output.detach()
