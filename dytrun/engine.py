@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dytrun import optim
+from dytrun.batch import Batch
 from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import RunConfig
 from dytrun.distributed import Place, all_sum, average_buffers, same_weights
@@ -34,9 +35,6 @@ _SYNC_BUFFERS = (
 
 # Below it fp16 has overflowed a hundred times in a row.
 _SMALLEST_LOSS_SCALE = 2.0**-30
-
-# (images, targets, indices), as data.Batch
-Micro = tuple[Tensor, Tensor, Tensor]
 
 
 class Diverged(Exception):
@@ -75,8 +73,8 @@ class Surroundings:
     plan: optim.Plan
     place: Place
     clock: Clock
-    train: Iterator[Micro]
-    val: Callable[[], Iterator[Micro]]
+    train: Iterator[Batch]
+    val: Callable[[], Iterator[Batch]]
     num_val: int
     store: Store
     sites: list[str]
@@ -141,7 +139,8 @@ def train_step(net: nn.Module, state: State, config: RunConfig, around: Surround
     state.optimizer.zero_grad(set_to_none=True)
     for micro in range(accumulation):
         with around.clock.data_wait():
-            images, targets, _ = next(around.train)
+            batch = next(around.train)
+        images, targets = batch.images, batch.targets
         if isinstance(net, DistributedDataParallel):
             net.require_backward_grad_sync = micro == accumulation - 1
         with autocast(config, around.place.device):

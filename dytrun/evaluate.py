@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from dytrun.batch import Batch
 from dytrun.distributed import all_sum
 from dytrun.records import Accuracy
 
@@ -13,7 +14,7 @@ from dytrun.records import Accuracy
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[Batch],
     num: int,
     autocast: torch.autocast,
 ) -> Accuracy:
@@ -21,8 +22,7 @@ def evaluate(
 
     Args:
         model: not wrapped in DDP; its training flag is put back at the end.
-        batches: this rank's (images (B, C, H, W), labels (B,), positions in the split (B,)), on the device of the
-            model; any number, also none.
+        batches: this rank's, with labels and positions in the split, on the device of the model; any number, also none.
         num: images of the whole split; every one must be in exactly one batch of one rank.
         autocast: the precision of the run.
 
@@ -34,7 +34,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for images, labels, positions in batches:
+    for images, labels, positions, _ in batches:
         with autocast:
             logits = model(images)
         logits = logits.float()
