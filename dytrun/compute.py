@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dytrun.batch import Batch
 from dytrun.config import RunConfig
-from dytrun.data import Batch
 from dytrun.distributed import Place
 
 # torch 2.14 has renamed DDP's argument, and 2.11 knows only the old name.

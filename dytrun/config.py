@@ -51,6 +51,8 @@ class DataConfig(BaseModel):
     num_classes: Annotated[int, Field(ge=2)] | None
     num_train: Count | None
     """Training images, for plans made without the data; the data decides."""
+    max_bad_fraction: Fraction
+    """Share of the training images that may be unreadable and replaced by others of their class."""
 
 
 class AugmentConfig(BaseModel):
@@ -225,7 +227,7 @@ class RunConfig(BaseModel):
             UserError: `init_from` cannot be read.
         """
         science = self.model_dump(mode="json", include=_SCIENCE)
-        del science["data"]["download"]
+        del science["data"]["download"], science["data"]["max_bad_fraction"]
         if self.data.name == "folder" and self.data.root is not None:
             science["data"]["root"] = str(Path(self.data.root).resolve())
         else:

@@ -3,44 +3,42 @@
 Order and randomness are functions, not states. The order of an epoch is a permutation of (seed, epoch); the
 augmentation of an image is keyed by (seed, epoch, index); mixing and drop-path by (seed, step, place in the global
 batch). So two arms see the same pixels, a run is taken up again from its step number alone, and the number of
-loader processes changes nothing.
+loader processes changes nothing. So is what stands in for a training image that cannot be read: an image of its class,
+chosen by (seed, index).
 """
 
 import ctypes
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from PIL import Image
 from setproctitle import getproctitle, setproctitle, setthreadtitle
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dytrun.augment import eval_transform, key, mixer, seeded, train_transform
+from dytrun.augment import eval_resize, eval_transform, key, mixer, seeded, train_transform
+from dytrun.batch import BadImage, Batch
 from dytrun.config import DataConfig, RunConfig
 from dytrun.errors import UserError
+from dytrun.images import MOST_PIXELS, Unreadable
 from dytrun.sources import Data, Split
 
 # Streams of randomness: unrelated numbers for the same (seed, step).
-INIT, _ORDER, _AUGMENT, _MIX = range(4)
+INIT, _ORDER, _AUGMENT, _MIX, _SUBSTITUTE = range(5)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Evaluation batches for each loader process, below which the rank loads them itself.
 _BATCHES_WORTH_A_PROCESS = 4
 
 
-class Batch(NamedTuple):
-    """A micro-batch on the device."""
-
-    images: Float[Tensor, "b c h w"]
-    targets: Tensor
-    """Labels (B,), or soft targets (B, K) where images are mixed."""
-    indices: Int[Tensor, "b"]
-    """Which images of the split."""
-    bad: Mapping[int, Any] = {}
+# Image, label, index, and what was wrong with the image if another one stands in for it.
+_Sample = tuple[Tensor, int, int, BadImage | None]
+# The same of a micro-batch, before it is on the device; what was wrong by index.
+_Loaded = tuple[Tensor, Tensor, Tensor, dict[int, BadImage]]
 
 
 def train_batches(
@@ -52,8 +50,11 @@ def train_batches(
     the model draws in its forward pass (drop-path) is keyed by that too.
 
     The loader processes start at once, before the caller starts threads that a fork would tear.
+
+    Raises:
+        UserError: no image of a class can be read (while the batches are gone through).
     """
-    images = _TrainImages(data.train, train_transform(config.augment, config.data), config.seed)
+    images = _TrainImages(config, data.train)
     loader = _loader(images, _Order(len(data.train.labels), config.seed, rank_share), device, workers)
     return _mixed(config, data.num_classes, rank_share, device, iter(loader))
 
@@ -68,14 +69,20 @@ class ValBatches:
         batches = [list(positions[i : i + batch]) for i in range(0, len(positions), batch)]
         # A process that has only a few batches to load costs more than it brings.
         workers = workers if len(batches) >= _BATCHES_WORTH_A_PROCESS * workers else 0
-        self._loader = _loader(_ValImages(split, eval_transform(data)), batches, self._device, workers)
+        self._loader = _loader(_ValImages(data, split), batches, self._device, workers)
         if workers:
             iter(self._loader)
 
     def __call__(self) -> Iterator[Batch]:
-        """Yield the batches, on the device."""
-        for images, labels, indices in _readable(iter(self._loader)):
-            yield Batch(*(part.to(self._device, non_blocking=True) for part in (images, labels, indices)))
+        """Yield the batches, on the device.
+
+        Raises:
+            UserError: an image cannot be read; there is no accuracy over the others.
+        """
+        for images, labels, indices, _ in _readable(iter(self._loader)):
+            device = self._device
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield Batch(images, labels, indices.to(device, non_blocking=True))
 
 
 class RankShare(NamedTuple):
@@ -120,31 +127,71 @@ class _Order:
 
 
 class _TrainImages(Dataset):
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], seed: int):
-        self._split, self._transform, self._seed = split, transform, seed
+    def __init__(self, config: RunConfig, split: Split):
+        self._split, self._seed = split, config.seed
+        self._transform = train_transform(config.augment, config.data)
+        # A random crop comes before its resizing, and makes no image larger than it is.
+        self._resized = eval_resize(config.data) if config.augment.scale is None else None
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> _Sample:
         epoch, index = epoch_and_index
-        image = self._split.image(index)
+        bad = None
+        try:
+            image = _read(self._split, index, self._resized)
+        except Unreadable as error:
+            image, bad = self._substitute(index, error)
         seeded(self._seed, _AUGMENT, epoch, index)
-        return self._transform(image), int(self._split.labels[index]), index
+        return self._transform(image), int(self._split.labels[index]), index, bad
+
+    def _substitute(self, index: int, error: Unreadable) -> tuple[Image.Image, BadImage]:
+        """Read another image of the class: the first readable one of a permutation keyed by the seed and the index."""
+        others = np.flatnonzero(self._split.labels == self._split.labels[index])
+        order = np.random.Generator(np.random.Philox(key(self._seed, _SUBSTITUTE, index))).permutation(others)
+        for other in map(int, order[order != index]):
+            try:
+                image = _read(self._split, other, self._resized)
+            except Unreadable:
+                continue
+            return image, BadImage(error.path, error.why, self._split.paths[other])
+        raise UserError(
+            f"{self._split.class_folder(index)}: no image of this class can be read, {error.path} for one "
+            f"({error.why}); mend them"
+        )
 
 
 class _ValImages(Dataset):
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]):
-        self._split, self._transform = split, transform
+    def __init__(self, data: DataConfig, split: Split):
+        self._split, self._transform, self._resized = split, eval_transform(data), eval_resize(data)
 
     def __len__(self) -> int:
         return len(self._split.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return self._transform(self._split.image(index)), int(self._split.labels[index]), index
+    def __getitem__(self, index: int) -> _Sample:
+        try:
+            image = _read(self._split, index, self._resized)
+        except Unreadable as error:
+            raise UserError(str(error)) from None
+        return self._transform(image), int(self._split.labels[index]), index, None
+
+
+def _read(split: Split, index: int, resized: int | None) -> Image.Image:
+    """Read an image; refuse one so long that bringing its short side to `resized` pixels would make a bomb of it."""
+    image = split.image(index)
+    if resized is not None and resized**2 * max(image.size) > MOST_PIXELS * min(image.size):
+        raise Unreadable(split.paths[index], f"{image.width}×{image.height} pixels are too long to be resized")
+    return image
+
+
+def _collate(samples: list[_Sample]) -> _Loaded:
+    images, labels, indices = default_collate([sample[:3] for sample in samples])
+    return images, labels, indices, {index: bad for _, _, index, bad in samples if bad is not None}
 
 
 def _loader(images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int) -> DataLoader:
     return DataLoader(
         images,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any iterable of lists of keys will do
+        collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -156,17 +203,17 @@ def _loader(images: Dataset, batches: Iterable[Sequence[object]], device: torch.
 
 
 def _mixed(
-    config: RunConfig, num_classes: int, share: RankShare, device: torch.device, loaded: Iterator[list[Tensor]]
+    config: RunConfig, num_classes: int, share: RankShare, device: torch.device, loaded: Iterator[_Loaded]
 ) -> Iterator[Batch]:
     mix = mixer(config.augment, num_classes)
-    for count, (images, labels, indices) in enumerate(_readable(loaded)):
+    for count, (images, labels, indices, bad) in enumerate(_readable(loaded)):
         step, micro = divmod(count, share.accumulation)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         seeded(config.seed, _MIX, share.first_step + step, share.offset(micro))
         targets = labels
         if mix is not None:
             images, targets = mix(images, labels)
-        yield Batch(images, targets, indices)
+        yield Batch(images, targets, indices, bad)
 
 
 def _start_worker(_: int) -> None:
@@ -178,7 +225,7 @@ def _start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _readable(loaded: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+def _readable(loaded: Iterator[_Loaded]) -> Iterator[_Loaded]:
     """Go through what is loaded; a worker's UserError arrives wrapped in its traceback, so cut it out again."""
     try:
         yield from loaded

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dytrun import optim, watchdog
+from dytrun.batch import Batch
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import autocast, distribute, train_loss
 from dytrun.config import RunConfig
-from dytrun.data import Batch
 from dytrun.distributed import Place, average_buffers, from_first, gather, same_weights
 from dytrun.errors import UserError
 from dytrun.evaluate import Halted, evaluate
@@ -141,7 +141,7 @@ def train_step(under: Underway) -> list[Verdict]:
             batch = next(around.train)
         under.samples[state.step].append(batch.indices.tolist())
         substituted += len(batch.bad)
-        under.bad_images |= {index: image._asdict() for index, image in batch.bad.items()}
+        under.bad_images.update((index, image._asdict()) for index, image in batch.bad.items())
         beat(state.step, watchdog.COMPUTE)
         if isinstance(under.net, DistributedDataParallel):
             under.net.require_backward_grad_sync = micro == accumulation - 1
@@ -328,10 +328,10 @@ def _train_record(under: Underway, lr: float) -> TrainRecord:
 def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> EvalRecord:
     """Evaluate the raw and, if there are, the EMA weights over the whole validation split."""
 
-    def watched() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def watched() -> Iterator[Batch]:
         for batch in around.val():
             around.beat(state.step, watchdog.EVALUATE)
-            yield batch.images, batch.targets, batch.indices
+            yield batch
 
     def accuracy(model: nn.Module) -> Accuracy:
         # The statistics of a BatchNorm that was left are each rank's own; from here on all have the same.

@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dytrun.batch import Batch
 from dytrun.distributed import all_sum
 from dytrun.errors import UserError
 from dytrun.records import Accuracy
 
 # Batches between two agreements of the ranks on whether to go on.
 _AGREE_EVERY = 8
-
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 class Halted(Exception):
@@ -26,13 +25,13 @@ def _never() -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, num: int, autocast: torch.autocast, is_stopped: Callable[[], bool] = _never
+    model: nn.Module, batches: Iterable[Batch], num: int, autocast: torch.autocast, is_stopped: Callable[[], bool] = _never
 ) -> Accuracy:
     """Count top-1 and top-5 hits of `model` over a split of `num` images that the ranks share out.
 
     Args:
         model: not wrapped in DDP; its training flag is put back at the end.
-        batches: this rank's (images (B, C, H, W), labels (B,), positions in the split (B,)), on the device of the
+        batches: this rank's, with labels as targets and positions in the split as indices, on the device of the
             model; any number, also none.
         num: images of the whole split; every one must be in exactly one batch of one rank.
         autocast: the precision of the run.
@@ -51,7 +50,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for images, labels, positions in _together(batches, is_stopped, device):
+        for batch in _together(batches, is_stopped, device):
+            images, labels, positions = batch.images, batch.targets, batch.indices
             with autocast:
                 logits = model(images)
             logits = logits.float()
@@ -74,8 +74,8 @@ def evaluate(
 
 
 def _together(
-    batches: Batches, is_stopped: Callable[[], bool], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    batches: Iterable[Batch], is_stopped: Callable[[], bool], device: torch.device
+) -> Iterator[Batch]:
     """Go through this rank's batches; leave, whatever the reason, at the same time as all other ranks."""
     waiting, is_done, wrong = iter(batches), False, None
     while True:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dytrun.batch import Batch
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import train_loss
 from dytrun.config import RunConfig
-from dytrun.data import Batch, RankShare, train_batches
+from dytrun.data import RankShare, train_batches
 from dytrun.distributed import Place, all_sum, broadcast_tensors, from_first, gather
 from dytrun.engine import Diverged, Surroundings
 from dytrun.errors import UserError

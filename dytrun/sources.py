@@ -2,10 +2,12 @@
 
 import gzip
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Int
@@ -14,9 +16,11 @@ from torchvision import datasets
 
 from dytrun.config import DataConfig
 from dytrun.errors import UserError
+from dytrun.images import ImageFiles
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 _SYNTHETIC_POOL = 16
+# Files of a split whose sizes go into the fingerprint: to ask for those of a million takes minutes on some disks.
+_SIZES = 2048
 
 
 class Split(NamedTuple):
@@ -24,7 +28,15 @@ class Split(NamedTuple):
 
     labels: Int[np.ndarray, "n"]
     image: Callable[[int], Image.Image]
-    """Index → RGB image."""
+    """Index → RGB image; raises Unreadable where a file gives none."""
+    paths: Sequence[str] = ()
+    """Of the files, if the images are in files."""
+    folder: str = ""
+    """The folder of class folders that the files are in."""
+
+    def class_folder(self, index: int) -> str:
+        """Return the class folder of an image that is in a file."""
+        return os.path.join(self.folder, os.path.relpath(self.paths[index], self.folder).split(os.sep)[0])
 
 
 class Data(NamedTuple):
@@ -34,7 +46,9 @@ class Data(NamedTuple):
     val: Split
     num_classes: int
     fingerprint: str
-    """Twelve hex digits of the names and labels of all images: data sets that differ there are different."""
+    """Twelve hex digits of `facts`: data sets that differ there are different."""
+    facts: Mapping[str, int | str]
+    """Counts and digests, as plain JSON values, by which `fingerprint_difference` says what has changed."""
 
 
 def load_data(data: DataConfig) -> Data:
@@ -43,19 +57,64 @@ def load_data(data: DataConfig) -> Data:
     Raises:
         UserError: a root, a split or a class is missing, or train and val disagree.
     """
-    if data.name in ("imagenet", "folder"):
-        train, val, classes, names = _class_folders(data)
-    else:
-        train, val, classes = _SOURCES[data.name](data)
-        names = []
+    source = _class_folders if data.name in ("imagenet", "folder") else _SOURCES[data.name]
+    train, val, classes = source(data)
     if data.num_classes is not None and data.num_classes != classes:
         more = f" in {data.root}; for another class-per-folder tree say data=folder" if data.root else ""
         raise UserError(f"data.num_classes: {data.num_classes} is asked for, data={data.name} has {classes}{more}")
-    digest = hashlib.sha256(f"{data.name} {data.image_size if data.name == 'synthetic' else ''}".encode())
-    for part in (train.labels, val.labels):
-        digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
-    digest.update("\n".join(names).encode())
-    return Data(train, val, classes, digest.hexdigest()[:12])
+    facts = {
+        "num_train": len(train.labels), "num_val": len(val.labels), "num_classes": classes,
+        "train_names": _names_digest(train), "val_names": _names_digest(val),
+        "train_contents": _contents_digest(train), "val_contents": _contents_digest(val),
+    }  # fmt: skip
+    return Data(train, val, classes, _digest(data.name.encode(), json.dumps(facts).encode()), facts)
+
+
+def fingerprint_difference(before: Mapping[str, int | str], now: Mapping[str, int | str]) -> str:
+    """Say in a few words how the data of two `Data.facts` differ; an empty text where they do not.
+
+    Names and labels are those of every image. Contents are the pixels of images in memory, and the sizes of files: of
+    at most some thousands of each split, spread evenly over it.
+    """
+    said = []
+    for name, key in (("train", "num_train"), ("val", "num_val")):
+        if before[key] != now[key]:
+            said.append(f"{name} {before[key]} -> {now[key]} images")
+        elif before[f"{name}_names"] != now[f"{name}_names"]:
+            said.append(f"{name} has images of other names or labels")
+        elif before[f"{name}_contents"] != now[f"{name}_contents"]:
+            said.append(f"{name} has images of other contents")
+    if before["num_classes"] != now["num_classes"]:
+        said.append(f"{before['num_classes']} -> {now['num_classes']} classes")
+    return ", ".join(said)
+
+
+def _names_digest(split: Split) -> str:
+    start = len(split.folder) + 1
+    names = os.fsencode("\n".join(path[start:] for path in split.paths))
+    return _digest(np.ascontiguousarray(split.labels, dtype=np.int64).tobytes(), names)
+
+
+def _contents_digest(split: Split) -> str:
+    if isinstance(split.image, _ArrayImages):
+        return _digest(repr(split.image.pixels.shape).encode(), np.ascontiguousarray(split.image.pixels).tobytes())
+    num = min(len(split.paths), _SIZES)
+    return _digest(repr([_size(split.paths[i * len(split.paths) // num]) for i in range(num)]).encode())
+
+
+def _size(path: str) -> int:
+    """Return the bytes of a file, or -1 of one that is not there: it is for whoever reads it to complain."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:12]
 
 
 class _ArrayImages(NamedTuple):
@@ -67,28 +126,7 @@ class _ArrayImages(NamedTuple):
         return Image.fromarray(self.pixels[index % len(self.pixels)]).convert("RGB")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return an 8-bit RGB image; Pillow would cut 16-bit grey off at 255 instead of scaling it."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"{image.mode}: 32 bits a pixel, of unknown range")
-    return image.convert("RGB")
-
-
-class _FileImages(NamedTuple):
-    paths: list[str]
-
-    def __call__(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with Image.open(path, formats=_FORMATS) as file:
-                return _rgb(file)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path}: cannot be read as an image ({error}); mend or remove it") from None
-
-
-def _class_folders(data: DataConfig) -> tuple[Split, Split, int, list[str]]:
+def _class_folders(data: DataConfig) -> tuple[Split, Split, int]:
     if not data.root:
         env = ", or set IMAGENET_DIR once and for all" if data.name == "imagenet" else ""
         raise UserError(
@@ -101,7 +139,7 @@ def _class_folders(data: DataConfig) -> tuple[Split, Split, int, list[str]]:
         if not folder.is_dir():
             raise UserError(f"data.root: {folder} is no folder; give one that holds {data.train_split}/ and "
                             f"{data.val_split}/ with a folder for each class")  # fmt: skip
-    classes, val_classes = (sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) for folder in folders)
+    classes, val_classes = (_class_names(folder) for folder in folders)
     if not classes:
         raise UserError(f"data.root: {folders[0]} holds no class folders; give a class-per-folder tree")
     if classes != val_classes:
@@ -111,28 +149,65 @@ def _class_folders(data: DataConfig) -> tuple[Split, Split, int, list[str]]:
         raise UserError(f"data.root: {root} has different classes in train and val ({'; '.join(lists)}); mend it")
     number = {name: index for index, name in enumerate(classes)}
     train, val = (_folder_split(folder, number) for folder in folders)
-    names = [path for split in (train, val) for path in split.paths]
-    return train.split, val.split, len(classes), names
+    return train, val, len(classes)
 
 
-class _FolderSplit(NamedTuple):
-    split: Split
-    paths: list[str]
+def _class_names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    except OSError as error:
+        _refuse(error)
 
 
-def _folder_split(folder: Path, number: dict[str, int]) -> _FolderSplit:
-    samples = datasets.folder.make_dataset(
-        str(folder), number, extensions=datasets.folder.IMG_EXTENSIONS, allow_empty=True
-    )
-    paths, labels = [path for path, _ in samples], np.array([label for _, label in samples], dtype=np.int64)
-    empty = sorted(set(number.values()) - set(labels.tolist()))
+def _folder_split(folder: Path, number: dict[str, int]) -> Split:
+    listed = {name: _image_paths(folder, name) for name in number}
+    empty = [name for name, paths in listed.items() if not paths]
     if empty:
-        names = [name for name, index in number.items() if index in empty]
         raise UserError(
-            f"data.root: class folders without an image in {folder}: {_shortened(names)}; fill or remove them"
+            f"data.root: class folders without an image in {folder}: {_shortened(empty)}; fill or remove them"
         )
+    labels = np.repeat(np.array(list(number.values()), dtype=np.int64), [len(paths) for paths in listed.values()])
+    return _file_split([path for paths in listed.values() for path in paths], labels, str(folder))
 
-    return _FolderSplit(Split(labels, _FileImages(paths)), [str(Path(path).relative_to(folder)) for path in paths])
+
+def _file_split(paths: list[str], labels: np.ndarray, folder: str) -> Split:
+    return Split(labels, ImageFiles(paths), paths, folder)
+
+
+def _image_paths(folder: Path, name: str) -> list[str]:
+    """List the image files of a class at any depth, in the order of torchvision's `make_dataset`.
+
+    It would list a loop of links some forty times over, and skip a folder that it may not read without a word.
+    """
+    # Of each folder the device and inode, its own and those of all above it.
+    chains: dict[str, tuple[tuple[int, int], ...]] = {str(folder): (_identity(str(folder)),)}
+    found: list[tuple[str, list[str]]] = []
+    for directory, _, names in os.walk(os.path.join(folder, name), onerror=_refuse, followlinks=True):
+        above, own = chains[os.path.dirname(directory)], _identity(directory)
+        if own in above:
+            raise UserError(f"data.root: {directory} leads back to a folder above it; remove that link")
+        chains[directory] = (*above, own)
+        found.append((directory, names))
+    return [
+        os.path.join(directory, name)
+        for directory, names in sorted(found)
+        for name in sorted(names)
+        if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+    ]
+
+
+def _identity(directory: str) -> tuple[int, int]:
+    try:
+        facts = os.stat(directory)
+    except OSError as error:
+        _refuse(error)
+    return facts.st_dev, facts.st_ino
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(
+        f"data.root: {error.filename} cannot be listed ({error.strerror}); mend its permissions, or remove it"
+    ) from None
 
 
 def _shortened(names: Sequence[str], most: int = 10) -> str:
@@ -174,10 +249,12 @@ def _torchvision(data: DataConfig) -> tuple[Split, Split, int]:
         if data.name == "imagenette":
             parts = [datasets.Imagenette(root, split=split, download=download and split == "train")
                      for split in ("train", "val")]  # fmt: skip
-            splits = [
-                Split(np.array([label for _, label in part._samples]), _FileImages([path for path, _ in part._samples]))
-                for part in parts
-            ]
+            splits = []
+            for part in parts:
+                # torchvision leaves them in the order in which the file system names them.
+                samples = sorted((label, str(path)) for path, label in part._samples)
+                labels = np.array([label for label, _ in samples], dtype=np.int64)
+                splits.append(_file_split([path for _, path in samples], labels, str(part._image_root)))
             return splits[0], splits[1], len(parts[0].classes)
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
         train, val = (kind[data.name](root, train=train, download=download) for train in (True, False))

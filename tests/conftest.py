@@ -5,8 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,19 +74,45 @@ def dytrun(*args: str, env: dict[str, str] | None = None, timeout: float = 200) 
 def image_tree(tmp_path) -> Callable[..., Path]:
     """Make a class-per-folder tree of small real JPEGs: `image_tree(train={"cat": 3}, val={"cat": 1})`."""
 
-    def make(**splits: dict[str, int]) -> Path:
-        root = tmp_path / "tree"
-        rng = np.random.default_rng(0)
-        for split, classes in splits.items():
-            for name, count in classes.items():
-                folder = root / split / name
-                folder.mkdir(parents=True)
-                for number in range(count):
-                    pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{number}.jpg")
-        return root
+    return lambda **splits: _tree(tmp_path / "tree", splits)
 
-    return make
+
+def _tree(root: Path, splits: dict[str, dict[str, int]]) -> Path:
+    rng = np.random.default_rng(0)
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture
+def open_tree() -> Iterator[Callable[..., Path]]:
+    """Make a tree as `image_tree` does, where another user can get at it: pytest's own folders are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield lambda **splits: _tree(Path(folder) / "tree", splits)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Give up root's rights for a while, for which no permission is denied."""
+
+    @contextlib.contextmanager
+    def act() -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return act
 
 
 def lines(run_dir: Path) -> list[dict]:

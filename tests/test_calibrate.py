@@ -235,7 +235,7 @@ def test_calibration_changes_nothing_of_what_training_sees(trained):
         if is_calibrated:
             start = load_start(config, model)
             calibrate_start(config, start, model, data, place, lambda module: Accuracy(1, 0, 0, 0.0, np.zeros(1, bool)))
-        images, targets, indices = next(batches)
+        images, targets, indices, _ = next(batches)
         firsts.append((images, targets, indices, torch.get_rng_state()))
         assert model.training
     assert all(torch.equal(one, other) for one, other in zip(*firsts, strict=True))

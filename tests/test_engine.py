@@ -94,7 +94,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, norm):
         around = bench.around()
         around.train.close()
         share = RankShare(0, 1, bench.plan.batch_per_rank, bench.plan.accumulation, 44, 0, 3)
-        micros = ((images.double(), targets, indices) for images, targets, indices in
+        micros = (batch._replace(images=batch.images.double()) for batch in
                   train_batches(bench.config, bench.data, share, PLACE.device, 0))  # fmt: skip
         around = bench.around(micros)
         window = engine._Window(PLACE.device)
@@ -113,7 +113,7 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
     plain = torch.optim.AdamW(optim.param_groups(model, bench.config.optim), lr=1e-3, fused=False, foreach=False)
     expected = []
     batches = list(itertools.islice(bench.around().train, 3))
-    for step, (images, labels, _) in enumerate(batches):
+    for step, (images, labels, *_) in enumerate(batches):
         optim.set_lr(plain, optim.lr_at(step, bench.config.optim, bench.plan))
         loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
         plain.zero_grad()

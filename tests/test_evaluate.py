@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from dytrun.batch import Batch
 from dytrun.distributed import session
 from dytrun.evaluate import evaluate
 
@@ -30,7 +31,7 @@ def counts(num: int, batch: int, rank: int, world: int) -> tuple[int, int, float
     model, images, labels = problem(num)
     mine = torch.arange(num)[rank::world]
     parts = [mine[i : i + batch] for i in range(0, len(mine), batch)]
-    batches = [(images[part], labels[part], part) for part in parts]
+    batches = [Batch(images[part], labels[part], part) for part in parts]
     found = evaluate(model, batches, num, torch.autocast("cpu", enabled=False))
     return found.top1_count, found.top5_count, found.loss, found.correct.tolist()
 
@@ -81,18 +82,18 @@ def test_an_image_seen_twice_or_never_is_noticed():
     model, images, labels = problem(4)
     for part in (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 2])):
         with pytest.raises(AssertionError, match="exactly once"):
-            evaluate(model, [(images[part], labels[part], part)], 4, torch.autocast("cpu", enabled=False))
+            evaluate(model, [Batch(images[part], labels[part], part)], 4, torch.autocast("cpu", enabled=False))
 
 
 def test_the_training_flag_is_put_back():
     model, images, labels = problem(2)
     model.train()
-    evaluate(model, [(images, labels, torch.arange(2))], 2, torch.autocast("cpu", enabled=False))
+    evaluate(model, [Batch(images, labels, torch.arange(2))], 2, torch.autocast("cpu", enabled=False))
     assert model.training
 
 
 def test_percentages_come_from_counts():
     model, images, labels = problem(17)
-    found = evaluate(model, [(images, labels, torch.arange(17))], 17, torch.autocast("cpu", enabled=False))
+    found = evaluate(model, [Batch(images, labels, torch.arange(17))], 17, torch.autocast("cpu", enabled=False))
     assert found.top1 == 100 * found.top1_count / 17
     assert found.correct.dtype == np.bool_

@@ -88,7 +88,7 @@ def test_three_steps_and_the_ema_equal_the_plain_recipe(tmp_path, model, norm):
     rates = reference_lr(44, 11, 4e-3, 1e-6)
     around = bench.around()
     losses = []
-    for step, (images, labels, _) in enumerate(itertools.islice(around.train, 3)):
+    for step, (images, labels, *_) in enumerate(itertools.islice(around.train, 3)):
         for group in optimizer.param_groups:
             group["lr"] = rates[step]
         loss = F.cross_entropy(twin(images), labels, label_smoothing=0.1)
