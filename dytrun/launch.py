@@ -7,15 +7,13 @@ torch is imported only where it is needed, so that a finished run is recognised 
 """
 
 import contextlib
-import fcntl
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dytrun import ranks
+from dytrun import owner, ranks
 from dytrun.config import EvalConfig, RunConfig
 from dytrun.errors import UserError, first_line
 from dytrun.records import RunResult, write_json
@@ -131,7 +129,7 @@ def train(config: RunConfig, begin: Callable[[RunConfig], RunResult | None]) -> 
     from dytrun import machine, run
 
     _, world = machine.resolve_devices(config.machine.devices)
-    with _owned(config), _failure_noted(config):
+    with owner.owned(config), _failure_noted(config):
         ranks.start_ranks(run.train_rank, (str(config.run_dir.resolve()),), world)
     return RunResult.load(config.run_dir / "result.json")
 
@@ -149,7 +147,7 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
         def decided() -> tuple[RunResult | None, str, str]:
             done = begin(config)
             if done is None:
-                held.enter_context(_owned(config))
+                held.enter_context(owner.owned(config))
                 held.enter_context(_failure_noted(config))
             return done, config.model_dump_json(), str(config.run_dir.resolve())
 
@@ -200,30 +198,3 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         }
         write_json(directory / "eval.json", {"checkpoint": config.checkpoint, "step": found["step"]} | figures)
     return found or {}
-
-
-@contextlib.contextmanager
-def _owned(config: RunConfig) -> Iterator[None]:
-    """Take the run's directory for this process, and write the configuration there.
-
-    The lock goes with the process, however that ends.
-
-    Raises:
-        UserError: the directory cannot be written, or another process trains there.
-    """
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (config.run_dir / ".lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(f"{config.run_dir}: {lock.read().strip()} trains there; wait for it, or stop it") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
-    except OSError as error:
-        raise UserError(f"runs_dir: {config.run_dir} cannot be written ({error.strerror}); choose another") from None
-    with lock:
-        yield
