@@ -5,6 +5,7 @@ Nothing heavy is imported before a configuration is composed and valid.
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -20,11 +21,15 @@ from dytrun.usage import COMMANDS, CONF, command_help, config_dir_of, flag_name,
 
 # Flags with which Hydra shows something instead of running.
 _SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+# No more of a command line than this is noted in starts.jsonl.
+_COMMAND_CHARS = 20_000
 
 
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong input, 75 stopped."""
     try:
+        # Hydra makes its own of sys.argv, and jobs elsewhere have another: starts.jsonl gets it from here.
+        os.environ["DYTRUN_COMMAND"] = shlex.join(["dytrun", *sys.argv[1:]])[:_COMMAND_CHARS]
         # What is not training stops at once, and leaves nothing; training has its own way (`stop.passed_on`).
         with stop.as_interrupt():
             return _main(sys.argv[1:])
@@ -82,6 +87,11 @@ def _train(args: list[str]) -> int:
         raise UserError("-m: several runs under one torchrun cannot be told apart; leave torchrun out, dytrun starts "
                         "its own ranks, or start one torchrun a run")  # fmt: skip
     is_here = _runs_here(found)
+    if not is_several and not first.dry_run and os.environ.get("RANK", "0") == "0":
+        from dytrun import owner
+
+        if said := owner.relatives(first):
+            print(f"{first.run_name}: {said}")
     with _folder(None if is_here or first.dry_run else Path(first.runs_dir)) as folder:
         task = Task(str(folder), config_dir_of(args), in_turn=is_here)
         try:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dytrun import launch, report, terminal
+from dytrun import launch, owner, terminal
 from dytrun.config import EvalConfig, Published, ReplayConfig, RunConfig
 from dytrun.records import RunResult, difference
 from dytrun.task import Ending
@@ -19,7 +19,7 @@ def train(config: RunConfig, page: RunConfig | None) -> tuple[Ending, float | No
     that recipe is written down beside the expected figure.
 
     Raises:
-        UserError: an input was wrong.
+        UserError: an input was wrong, or another process trains this run.
         ranks.Failed, ranks.Stopped: as `launch.train`.
     """
     if config.published is not None and page is not None:
@@ -40,6 +40,7 @@ def _begin(config: RunConfig) -> RunResult | None:
     """Return the result of a run that has nothing left to do, or show the plan of one that has."""
     done = launch.previous(config)
     if done is None:
+        owner.check(config)  # before torch is there, and a plan that would be for nothing
         terminal.pairs("plan", launch.plan(config).rows)
     else:
         if config.published is not None and done.published is None:
@@ -98,6 +99,8 @@ def close_sweep(runs_dir: Path, num_runs: int) -> None:
 
 def show_report(directory: Path, baseline: str, confidence: float) -> None:
     """Make the report of a directory of runs and print its table."""
+    from dytrun import report  # it takes a second, and a run does without
+
     found = report.build(directory, baseline, confidence)
     columns, rows = found.table()
     terminal.table(f"runs in {directory}", columns, rows, [*found.verdicts(), *found.remarks()])

@@ -226,7 +226,7 @@ class RunConfig(BaseModel):
         Raises:
             UserError: `init_from` cannot be read.
         """
-        science = self.model_dump(mode="json", include=_SCIENCE)
+        science = self.model_dump(mode="json", include=SCIENCE)
         del science["data"]["download"], science["data"]["max_bad_fraction"]
         if self.data.name == "folder" and self.data.root is not None:
             science["data"]["root"] = str(Path(self.data.root).resolve())
@@ -278,7 +278,8 @@ class RunConfig(BaseModel):
         return Path(self.runs_dir) / self.run_name
 
 
-_SCIENCE = {
+# The parts of a configuration that change the result, besides the weights that it starts from.
+SCIENCE = {
     "model", "norm", "data", "augment", "optim", "ema", "epochs", "global_batch", "precision", "seed",
 }  # fmt: skip
 

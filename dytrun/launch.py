@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dytrun import ranks, terminal
+from dytrun import owner, ranks, terminal
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.errors import UserError, first_line
-from dytrun.owner import owned
 from dytrun.records import RunResult, write_json
 from dytrun.stop import Stop
 
@@ -141,7 +140,7 @@ def train(config: RunConfig, begin: Callable[[RunConfig], RunResult | None]) -> 
     from dytrun import machine, run
 
     _, world = machine.resolve_devices(config.machine.devices)
-    with owned(config), _failure_noted(config):
+    with owner.owned(config), _failure_noted(config):
         said = _start(config, run.train_rank, world)
         if said is not None:
             raise ranks.Stopped(said)
@@ -180,7 +179,7 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
         def decided() -> tuple[RunResult | None, str, str]:
             done = begin(config)
             if done is None:
-                held.enter_context(owned(config))
+                held.enter_context(owner.owned(config))
                 held.enter_context(_failure_noted(config))
             return done, config.model_dump_json(), str(config.run_dir.resolve())
 

@@ -17,10 +17,8 @@ from dytrun.checkpoint import Checkpoint, Store
 from dytrun.config import RunConfig
 from dytrun.distributed import Place, broadcast_tensors, from_first
 from dytrun.errors import UserError
-from dytrun.owner import record_start, starts
+from dytrun.owner import amend_start
 from dytrun.sources import Data, fingerprint_difference
-
-__all__ = ["starts"]
 
 
 def newest(store: Store, place: Place) -> tuple[Checkpoint | None, list[str]]:
@@ -72,7 +70,7 @@ def begin(directory: Path, saved: Checkpoint | None, now: Mapping[str, Any], sai
     """
     changed = {} if saved is None else differences(saved.state["build"], now)
     step = 0 if saved is None else saved.step
-    record_start(directory, step=step, changed_build=changed, remarks=said)
+    amend_start(directory, step=step, changed_build=changed, remarks=said)
     return said if saved is None else [*said, remark(step, changed)]
 
 

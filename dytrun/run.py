@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import machine, norm, optim, replay, resume, terminal
+from dytrun import machine, norm, optim, owner, replay, resume, terminal
 from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.compute import autocast
@@ -135,7 +135,7 @@ def _lead(
         init = _init_facts(directory)
         if init.get("alpha_from") is not None:
             result["alpha_init"] = None
-        ended = RunResult(**result, **outcome(state, around, last, message), init=init, starts=resume.starts(directory))
+        ended = RunResult(**result, **outcome(state, around, last, message), init=init, starts=owner.starts(directory))
         if last is not None:
             _save_correct(directory / "correct.npz", last)
         ended.save(directory / "result.json")
