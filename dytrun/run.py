@@ -39,7 +39,7 @@ from dytrun.engine import (
 from dytrun.errors import UserError
 from dytrun.evaluate import evaluate
 from dytrun.model import compile_model, trainable
-from dytrun.records import Accuracy, EvalRecord, Record, RunResult, write_json
+from dytrun.records import Accuracy, EvalRecord, Position, Record, RunResult, write_json
 from dytrun.sources import Data, load_data
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
@@ -106,7 +106,7 @@ def train_here(config: RunConfig, directory: Path, place: Place) -> None:
         barrier()
         return
     display = terminal.Display(config.run_name, plan.total_steps, state.step)
-    tracker, ended = Tracker(config, directory, state.step, display.note), None
+    tracker, ended = Tracker(config, directory, Position(state.step, True), display.note), None
     try:
         last, message = _follow(fit(config, state, around), config, state, around, (tracker, display))
         init = _init_facts(directory)
