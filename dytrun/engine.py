@@ -66,7 +66,7 @@ class Surroundings:
     """What every checkpoint holds besides: data and build, to compare when the run is taken up again."""
 
 
-def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Record]:
+def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Record | Remark]:
     """Train from `state.step` to the end; yield a TrainRecord a window and an EvalRecord an epoch.
 
     Raises:
@@ -213,7 +213,7 @@ def _judged(under: Underway, verdicts: list[Verdict]) -> list[Verdict]:
     return verdicts
 
 
-def _act(under: Underway, verdicts: list[Verdict]) -> Iterator[Record]:
+def _act(under: Underway, verdicts: list[Verdict]) -> Iterator[Record | Remark]:
     """Do what a rank has wished for: say which images are bad, save, stop."""
     if any(verdict.unknown for verdict in verdicts):
         yield _share_bad_images(under)
@@ -253,7 +253,7 @@ def _share_bad_images(under: Underway) -> Remark:
                   "of their class are used instead, see result.json")  # fmt: skip
 
 
-def _end_epoch(under: Underway) -> Iterator[Record]:
+def _end_epoch(under: Underway) -> Iterator[Record | Remark]:
     """Evaluate and save."""
     config, state, around = under.config, under.state, under.around
     with around.clock.pause():

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,21 @@ class Remark:
     text: str
 
 
-Record = TrainRecord | EvalRecord | Remark
+Record = TrainRecord | EvalRecord
+
+
+class Position(NamedTuple):
+    """Where training goes on from: after `step` optimizer steps, with or without the evaluation that belongs there."""
+
+    step: int
+    is_evaluated: bool
+
+    def is_after(self, values: Mapping[str, Any]) -> bool:
+        """Whether training had got past a record, given as {name: value} of its line in metrics.jsonl."""
+        is_there = self.is_evaluated or "val/top1" not in values
+        return values["step"] < self.step or (values["step"] == self.step and is_there)
+
+
 Status = Literal["finished", "diverged", "interrupted", "failed"]
 
 

@@ -260,7 +260,7 @@ def outcome(state: State, around: Surroundings, last: EvalRecord | None, message
 
 
 def _follow(
-    records: Iterator[Record],
+    records: Iterator[Record | Remark],
     config: RunConfig,
     state: State,
     around: Surroundings,

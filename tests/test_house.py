@@ -67,7 +67,9 @@ MAY_IMPORT = {
     "checkpoint": {"errors"},
     "distributed": {"errors"},
     "terminal": {"records"},
-    "tracking": {"config", "records", "errors"},
+    "tracking": {"config", "errors", "journal", "records", "wandb_link"},
+    "journal": {"errors", "records"},
+    "wandb_link": {"config", "errors", "records"},
     "stats": set(),
     "pairs": {"records", "stats", "errors"},
     "report": {"pairs", "records", "stats", "page"},
@@ -79,7 +81,7 @@ ONLY_IN = {
     "hydra": {"cli", "compose", "pool", "slurm", "task"},
     "omegaconf": {"compose"},
     "submitit": {"launch", "slurm"},
-    "wandb": {"tracking"},
+    "wandb": {"wandb_link"},
 }
 WITHOUT_TORCH = {
     "cli",
@@ -102,6 +104,9 @@ WITHOUT_TORCH = {
     "stats",
     "errors",
     "terminal",
+    "journal",
+    "tracking",
+    "wandb_link",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 6
 

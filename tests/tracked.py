@@ -1,0 +1,86 @@
+"""Runs with a Tracker, each in a process of its own: python tracked.py reads a list of requests a line and forks for each.
+
+A request: {"dir", "env", "overrides", "position", "do"}. What it saw is in DIR.json when it is gone, or killed. The
+imports are then paid once for all of them; only wandb is imported in the fork.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dytrun.compose import expand
+from dytrun.errors import UserError
+from dytrun.records import Position, RunResult, Speed, TrainRecord
+from dytrun.tracking import Tracker
+
+LOSS = 1.0
+
+
+def train_record(step: int, loss: float = LOSS) -> TrainRecord:
+    speed = Speed(images_per_s=100.0, step_ms_p50=5.0, step_ms_p95=6.0, data_wait_frac=0.1, peak_mem_gib=0.5)
+    return TrainRecord(step, step / 10, step * 32, loss, 1e-3, 2.0, speed, world=2, alpha={"blocks.0.norm1": 0.5})
+
+
+def run(request: dict) -> None:
+    os.environ.update(request["env"])
+    seen: dict = {"notes": [], "log_s": [], "pid": os.getpid()}
+    out = Path(request["dir"] + ".json")
+    config = expand(["data=digits", *request["overrides"]]).configs[0]
+    start = time.perf_counter()
+    tracker = None
+    try:
+        directory = Path(request["dir"])
+        directory.mkdir(exist_ok=True)
+        tracker = Tracker(config, directory, Position(*request["position"]), seen["notes"].append)
+    except UserError as error:
+        seen["error"] = str(error)
+    seen["start_s"] = time.perf_counter() - start
+    for name, *values in request["do"] if tracker else []:
+        if name == "log":
+            for step in range(values[0], values[1] + 1):
+                begun = time.perf_counter()
+                tracker.log(train_record(step))
+                seen["log_s"].append(time.perf_counter() - begun)
+        elif name == "wait":
+            until = time.monotonic() + 20
+            while not any(Path(values[0]).glob(values[1])) and time.monotonic() < until:
+                time.sleep(0.05)
+        elif name == "sleep":
+            time.sleep(values[0])
+        elif name == "signal":
+            out.write_text(json.dumps(seen))
+            os.kill(values[0] or os.getpid(), getattr(signal, values[1]))
+            time.sleep(0.3)
+        elif name == "write":
+            Path(values[0]).write_text("")
+        elif name == "finish":
+            begun = time.perf_counter()
+            tracker.finish(RESULT if values[0] else None, in_haste=values[1])
+            seen["finish_s"] = time.perf_counter() - begun
+    out.write_text(json.dumps(seen))
+
+
+RESULT = RunResult("finished", "s", "p", "vit", "dyt", 0.5, 0, 1, {}, top1=75.0)
+
+
+def run_all(requests: list[dict]) -> list[dict]:
+    """Do every request in a process of its own, at the same time; return how each ended, and after how long."""
+    begun, ends, pids = time.perf_counter(), {}, []
+    for request in requests:
+        if (pid := os.fork()) == 0:
+            run(request)
+            sys.exit(0)  # not os._exit: what wandb does at the end of a process belongs to it
+        pids.append(pid)
+    for _ in pids:
+        pid, status = os.wait()
+        ends[pid] = {"code": os.waitstatus_to_exitcode(status), "all_s": time.perf_counter() - begun}
+    return [ends[pid] for pid in pids]
+
+
+if __name__ == "__main__":
+    for text in sys.stdin:
+        sys.stdout.write(json.dumps(run_all(json.loads(text))) + "\n")
+        sys.stdout.flush()
