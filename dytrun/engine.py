@@ -336,7 +336,9 @@ def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> Eva
     def accuracy(model: nn.Module) -> Accuracy:
         # The statistics of a BatchNorm that was left are each rank's own; from here on all have the same.
         average_buffers(model)
-        return evaluate(model, watched(), around.num_val, autocast(config, around.place.device), lambda: bool(around.stopped_by()))
+        return evaluate(
+            model, watched(), around.num_val, autocast(config, around.place.device), lambda: bool(around.stopped_by())
+        )
 
     return EvalRecord(
         step=state.step,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dytrun.batch import Batch
 from dytrun.distributed import all_sum
@@ -25,7 +25,11 @@ def _never() -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], num: int, autocast: torch.autocast, is_stopped: Callable[[], bool] = _never
+    model: nn.Module,
+    batches: Iterable[Batch],
+    num: int,
+    autocast: torch.autocast,
+    is_stopped: Callable[[], bool] = _never,
 ) -> Accuracy:
     """Count top-1 and top-5 hits of `model` over a split of `num` images that the ranks share out.
 
@@ -73,9 +77,7 @@ def evaluate(
     )
 
 
-def _together(
-    batches: Iterable[Batch], is_stopped: Callable[[], bool], device: torch.device
-) -> Iterator[Batch]:
+def _together(batches: Iterable[Batch], is_stopped: Callable[[], bool], device: torch.device) -> Iterator[Batch]:
     """Go through this rank's batches; leave, whatever the reason, at the same time as all other ranks."""
     waiting, is_done, wrong = iter(batches), False, None
     while True:

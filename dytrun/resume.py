@@ -109,7 +109,9 @@ def remark(step: int, changed: Mapping[str, list[Any]]) -> str:
         return f"taken up again after step {step}: it will end bit-equal to a run that was never interrupted"
     listed = "; ".join(f"{name} {before} before, {now} now" for name, (before, now) in changed.items())
     order = "the order of the images stays the same" if "ranks" in changed else "images and their order stay the same"
-    return f"taken up again after step {step}, but not bit-equal to a run that was never interrupted: {listed} ({order})"
+    return (
+        f"taken up again after step {step}, but not bit-equal to a run that was never interrupted: {listed} ({order})"
+    )
 
 
 @cache

@@ -24,7 +24,7 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from submitit.core.utils import FailedJobError
 
-from dytrun import ranks, terminal
+from dytrun import terminal
 from dytrun.board import Board, Job, counted
 from dytrun.errors import UserError
 from dytrun.launcher_config import PLAIN, SlurmConfig, checked
@@ -172,7 +172,9 @@ def restart_lines(crashes: Path, most: int) -> list[str]:
         # scancel ends the script too; the controller calls a job COMPLETING before it tells it, and would requeue it.
         "  state=$(squeue --noheader --jobs=$job --format=%T)",
         '  echo "dytrun: exit code $code of a job that is $state, starts left: $DYTRUN_RESTARTS_LEFT"',
-        f"  case $state in RUNNING | SIGNALING) [ $code -eq 75 ] || echo $code >> {count}; scontrol requeue $job ;; esac",
+        "  case $state in RUNNING | SIGNALING) ;; *) return ;; esac",
+        f"  [ $code -eq 75 ] || echo $code >> {count}",
+        "  scontrol requeue $job",
         "}",
         "trap dytrun_leave EXIT",
     ]

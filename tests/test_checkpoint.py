@@ -15,9 +15,10 @@ def saved(store: Store, *steps: int, best: int | None = None) -> None:
 
 def test_what_is_saved_comes_back(tmp_path):
     store = Store(tmp_path / "checkpoints", keep=2)
-    assert store.load() is None
+    assert store.load() == (None, [])
     saved(store, 3)
-    found = store.load()
+    found, said = store.load()
+    assert said == []
     assert (found.step, found.state) == (3, {"note": "step 3"})
     assert found.tensors["model"]["weight"].tolist() == [3.0] * 100
     assert found.tensors["optimizer"]["0.step"].shape == ()
@@ -46,7 +47,11 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tmp_path,
     else:
         raw[len(raw) // 2] ^= 1
         path.write_bytes(raw)
-    assert store.load().step == 1
+    found, said = store.load()
+    assert found.step == 1
+    assert said[0].startswith("checkpoint of step 2: ")
+    assert said[0].endswith(f"it was put aside as {tmp_path / 'step-00000002.corrupt'}")
+    assert said[1] == "going on from step 1, the newest checkpoint that is whole"
     assert (tmp_path / "step-00000002.corrupt").is_dir()
 
 
@@ -64,7 +69,7 @@ def test_what_a_killed_save_left_is_ignored_and_written_over(tmp_path):
     saved(store, 1)
     (tmp_path / ".step-00000002.partial").mkdir()
     (tmp_path / ".step-00000002.partial" / "model.safetensors").write_bytes(b"half")
-    assert store.load().step == 1
+    assert store.load()[0].step == 1
     saved(store, 2)
-    assert store.load().step == 2
+    assert store.load()[0].step == 2
     assert not list(tmp_path.glob(".*.partial"))

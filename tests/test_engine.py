@@ -1,6 +1,7 @@
 """One optimizer step and many: accumulation, clipping, precision, EMA, divergence, resuming; one process."""
 
 import copy
+import dataclasses
 import itertools
 import os
 
@@ -14,9 +15,11 @@ from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.distributed import Place
-from dytrun.engine import Diverged, Surroundings, build_state, fit, restore
+from dytrun.engine import Diverged, Interrupted, Surroundings, fit
+from dytrun.errors import UserError
 from dytrun.records import EvalRecord, TrainRecord
 from dytrun.sources import load_data
+from dytrun.state import Best, build_state, restore
 from dytrun.throughput import Clock
 
 # tests/gpu.sh runs this file on a GPU too.
@@ -36,7 +39,7 @@ class Bench:
         self.data = data
         self.sites = [site.name for site in sites] if self.config.norm.name == "dyt" else []
 
-    def around(self, train=None) -> Surroundings:
+    def around(self, train=None, stop_at: int | None = None) -> Surroundings:
         plan = self.plan
         share = RankShare(0, 1, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, self.state.step,
                           plan.total_steps)  # fmt: skip
@@ -50,7 +53,32 @@ class Bench:
             num_val=360,
             store=self.store,
             sites=self.sites,
+            stopped_by=self.signal_in(stop_at),
+            num_train=len(self.data.train.labels),
         )
+
+    def signal_in(self, step: int | None):
+        """Ask, from that step on, but not before the first one."""
+        calls = itertools.count()
+        return lambda: "SIGTERM" if next(calls) and step is not None and self.state.step >= step else ""
+
+    def steps(self, count: int, around: Surroundings | None = None) -> list:
+        """Do some steps, and return what is known of each."""
+        under, found = engine.underway(self.config, self.state, around or self.around()), []
+        for _ in range(count):
+            optim.set_lr(self.state.optimizer, optim.lr_at(self.state.step, self.config.optim, self.plan))
+            found += engine.train_step(under)
+        return found + under.guard.take(everything=True)
+
+    def stop(self, at: int) -> None:
+        """Train until a signal comes in the step after `at`, and save."""
+        with pytest.raises(Interrupted, match=rf"SIGTERM after step {at}; its checkpoint is written"):
+            list(fit(self.config, self.state, self.around(stop_at=at - 1)))
+
+    def take_up(self) -> "Bench":
+        """Put the newest checkpoint into this one, which is new."""
+        restore(self.state, self.store.load()[0], PLACE)
+        return self
 
     def records(self, steps: int | None = None):
         found = fit(self.config, self.state, self.around())
@@ -97,9 +125,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, norm):
         micros = (batch._replace(images=batch.images.double()) for batch in
                   train_batches(bench.config, bench.data, share, PLACE.device, 0))  # fmt: skip
         around = bench.around(micros)
-        window = engine._Window(PLACE.device)
-        for _ in range(3):
-            engine.train_step(bench.state.model, bench.state, bench.config, around, window)
+        bench.steps(3, around)
         after.append(weights(bench.state.model))
     assert bench.plan.accumulation == 8
     for name, value in after[0].items():
@@ -128,14 +154,10 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_clipping_clips_in_every_precision(tmp_path, precision):
     bench = Bench(tmp_path, "norm=ln", "optim.clip_grad=0.01", f"precision={precision}")
-    engine.train_step(bench.state.model, bench.state, bench.config, bench.around(), window := _window())
+    (verdict,) = bench.steps(1)
     norm = torch.nn.utils.get_total_norm([p.grad for p in bench.state.model.parameters() if p.grad is not None])
-    assert window.grad_norm > 0.1
+    assert verdict.grad_norm > 0.1
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
-
-
-def _window() -> engine._Window:
-    return engine._Window(PLACE.device)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -153,20 +175,21 @@ def test_a_value_that_is_not_finite_never_reaches_the_weights(tmp_path, poison):
     before: list[dict] = []
 
     def micros():
-        for number, (images, labels, indices) in enumerate(clean):
+        for number, batch in enumerate(clean):
             if number == 5:
                 before.append(weights(bench.state.model))
                 if poison == "image":
-                    images[0, 0, 0, 0] = float("nan")
+                    batch.images[0, 0, 0, 0] = float("nan")
                 else:
                     hook = bench.state.model.head.weight.register_hook(lambda grad: grad * float("inf"))
             if number == 6 and poison == "gradient":
                 hook.remove()
-            yield images, labels, indices
+            yield batch
 
-    with pytest.raises(Diverged, match="not finite at step 5"):
+    with pytest.raises(Diverged, match="not finite at step 5") as raised:
         list(fit(bench.config, bench.state, bench.around(micros())))
-    # Steps 6 and 7 had good values again, but a run that has failed once stays where it was.
+    assert raised.value.samples == [clean[5].indices.tolist()]
+    # On CUDA two more steps had been begun, with good values; but a run that has failed once stays where it was.
     assert equal(weights(bench.state.model), before[0])
 
 
@@ -182,52 +205,140 @@ def test_ema_is_its_formula(tmp_path):
     bench = Bench(tmp_path, "norm=dyt", "ema=on", "ema.decay=0.9")
     expected, around = weights(bench.state.model), bench.around()
     for _ in range(3):
-        engine.train_step(bench.state.model, bench.state, bench.config, around, _window())
+        bench.steps(1, around)
         for name, value in bench.state.model.state_dict().items():
             expected[name] = 0.9 * expected[name] + 0.1 * value
     for name, value in bench.state.ema.module.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("stop", [44, 60])
-def test_resume_equals_never_stopping(tmp_path, stop):
-    """At the end of an epoch, where checkpoints are taken, and from the middle of one."""
-    overrides = ("norm=dyt", "ema=on", "epochs=3", "augment=light", "augment.mixup=0.8", "model.drop_path=0.1")
+RECIPE = ("ema=on", "epochs=3", "augment=light", "augment.mixup=0.8", "tracking.log_every_steps=10")
+# A BatchNorm's statistics, and gradients in several parts.
+CONV = ("model.name=lcnet_035", "model.kwargs={}", "data.image_size=32", "global_batch=256", "epochs=2", "ema=on",
+        "machine.max_batch_per_rank=128")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stops"),
+    [
+        (("norm=dyt", "model.drop_path=0.1", *RECIPE), [44]),
+        (("norm=dyt", "model.drop_path=0.1", *RECIPE), [1, 50, 63, 88, 131]),  # twice in one epoch; the last but one
+        (("norm=ln", "precision=fp16", *RECIPE), [30, 132]),
+        (("norm=ln", *CONV), [1, 2, 8]),
+    ],
+)
+def test_stopped_at_any_step_a_run_ends_bit_equal_to_one_that_was_not(tmp_path, overrides, stops):
     whole = Bench(tmp_path / "whole", *overrides)
-    last = whole.records()[-1]
-    first = Bench(tmp_path / "parts", *overrides, "tracking.log_every_steps=1")
-    for record in fit(first.config, first.state, first.around()):
-        if record.step == stop and (isinstance(record, EvalRecord) or stop % 44):
-            break
-    engine._save(first.config, first.state, first.around(), is_best=True)
-    again = Bench(tmp_path / "parts", *overrides)
-    restore(again.state, again.store.load())
-    assert again.state.step == stop
-    resumed = again.records()[-1]
-    assert equal(weights(again.state.model), weights(whole.state.model))
-    assert equal(weights(again.state.ema.module), weights(whole.state.ema.module))
-    assert resumed.metrics() == last.metrics()
-    moments, others = again.state.optimizer.state_dict()["state"], whole.state.optimizer.state_dict()["state"]
-    assert all(equal(moments[index], others[index]) for index in others)
+    records = whole.records()
+    bench, found = Bench(tmp_path / "parts", *overrides), []
+    for at in stops:
+        around = bench.around(stop_at=at - 1)
+        with pytest.raises(Interrupted, match=f"after step {at};"):
+            found += collected(fit(bench.config, bench.state, around), into := [])
+        found += into
+        bench = Bench(tmp_path / "parts", *overrides).take_up()
+        assert bench.state.step == at
+    found += bench.records()
+    assert state_of(bench) == state_of(whole)
+    assert [without_speed(one) for one in found] == [without_speed(one) for one in records]
+
+
+def collected(records, into: list) -> list:
+    """Go through the records and keep each as it comes."""
+    for record in records:
+        into.append(record)
+    return []
+
+
+def without_speed(record) -> dict:
+    metrics = {name: value for name, value in record.metrics().items() if not name.startswith("perf/")}
+    return {"step": record.step, "samples_seen": record.samples_seen} | metrics
+
+
+def state_of(bench: Bench) -> dict:
+    """Everything that must be the same, bit for bit."""
+    state = bench.state
+    moments = state.optimizer.state_dict()["state"]
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"{index}.{name}": value for index, one in moments.items() for name, value in one.items()}
+    tensors |= {} if state.ema is None else {f"ema.{name}": v for name, v in state.ema.module.state_dict().items()}
+    plain = state.step, state.is_evaluated, state.best, state.window, state.losses, state.spikes, state.weights_sha256
+    return {name: value.numpy().tobytes() for name, value in tensors.items()} | {
+        "plain": plain, "scale": state.scaler.state_dict(),
+    }  # fmt: skip
+
+
+def test_a_stop_before_the_first_step_saves_nothing(tmp_path):
+    bench = Bench(tmp_path)
+    with pytest.raises(Interrupted, match="SIGTERM after step 0; it had not begun"):
+        list(fit(bench.config, bench.state, dataclasses.replace(bench.around(), stopped_by=lambda: "SIGTERM")))
+    assert bench.store.load() == (None, [])
+
+
+def test_a_stop_within_an_evaluation_leaves_it_to_the_next_start(tmp_path):
+    whole = Bench(tmp_path / "whole", "norm=dyt", "epochs=2")
+    records = whole.records()
+    bench, signals = Bench(tmp_path / "parts", "norm=dyt", "epochs=2"), iter([""] * 45 + ["SIGTERM"] * 99)
+    around = dataclasses.replace(bench.around(), stopped_by=lambda: next(signals))
+    with pytest.raises(Interrupted, match="SIGTERM after step 44; its checkpoint is written"):
+        collected(fit(bench.config, bench.state, around), found := [])
+    assert not any(isinstance(record, EvalRecord) for record in found)
+    again = Bench(tmp_path / "parts", "norm=dyt", "epochs=2").take_up()
+    assert (again.state.step, again.state.is_evaluated) == (44, False)
+    found += again.records()
+    assert [without_speed(one) for one in found] == [without_speed(one) for one in records]
+    assert state_of(again) == state_of(whole)
+
+
+def test_an_image_of_the_evaluation_that_cannot_be_read_loses_no_training(tmp_path):
+    bench = Bench(tmp_path, "norm=dyt")
+
+    def broken():
+        raise UserError("val/a/3.jpg: cannot be read")
+        yield
+
+    with pytest.raises(UserError, match=r"3\.jpg"):
+        list(fit(bench.config, bench.state, dataclasses.replace(bench.around(), val=broken)))
+    again = Bench(tmp_path, "norm=dyt").take_up()
+    assert again.state.step == 44
+    assert again.records()[-1].raw.num == 360
+
+
+def test_minutes_too_make_a_checkpoint(tmp_path):
+    bench = Bench(tmp_path, "checkpoint.every_minutes=1e-9", "checkpoint.keep=50")
+    found = bench.records()
+    assert sorted(bench.store._steps()) == list(range(1, 45))
+    assert found[-1].raw.top1 == Bench(tmp_path / "other", "checkpoint.every_minutes=null").records()[-1].raw.top1
 
 
 def test_the_best_epoch_is_remembered_across_a_stop(tmp_path):
     bench = Bench(tmp_path, "norm=dyt")
-    bench.state.best = engine.Best(99.5, 7)
-    bench.state.step = 44
-    engine._save(bench.config, bench.state, bench.around(), is_best=False)
-    again = Bench(tmp_path, "norm=dyt")
-    restore(again.state, again.store.load())
-    assert again.state.best == engine.Best(99.5, 7)
+    bench.state.best = Best(99.5, 7, 308)
+    bench.stop(5)
+    again = Bench(tmp_path, "norm=dyt").take_up()
+    assert again.state.best == Best(99.5, 7, 308)
 
 
 def test_a_checkpoint_of_the_other_arm_is_refused(tmp_path):
-    bench = Bench(tmp_path, "norm=ln")
-    bench.state.step = 44
-    engine._save(bench.config, bench.state, bench.around(), is_best=False)
+    Bench(tmp_path, "norm=ln").stop(5)
     other = Bench(tmp_path, "norm=dyt")
-    with pytest.raises(RuntimeError, match=r"Missing key.*alpha"):
-        restore(other.state, other.store.load())
+    with pytest.raises(UserError, match=r"checkpoint of step 5: it does not fit.*Missing key.*alpha"):
+        other.take_up()
+
+
+def test_a_spike_is_counted_and_ends_the_run_where_that_is_asked_for(tmp_path):
+    def loud(bench):
+        factor = lambda: 1e3 if bench.state.model.training and bench.state.step == 40 else 1  # noqa: E731
+        bench.state.model.head.register_forward_hook(lambda module, args, out: out * factor())
+        return bench
+
+    bench = loud(Bench(tmp_path / "noted", "norm=ln", "optim.lr=1e-4"))
+    bench.records()
+    assert bench.state.spikes == [40]
+    bench = loud(Bench(tmp_path / "ended", "norm=ln", "optim.lr=1e-4", "optim.stop_at_spike=true"))
+    with pytest.raises(Diverged, match="the loss is a spike at step 40"):
+        bench.records()
+    assert bench.state.step == 40
 
 
 def test_a_resume_keeps_the_memory_layout_of_the_moments(tmp_path):
@@ -238,19 +349,15 @@ def test_a_resume_keeps_the_memory_layout_of_the_moments(tmp_path):
     )  # fmt: skip
     bench = Bench(tmp_path, *overrides)
     bench.state.model.to(memory_format=torch.channels_last)
-    around = bench.around()
-    for _ in range(2):
-        engine.train_step(bench.state.model, bench.state, bench.config, around, _window())
-    bench.state.step = 2
-    engine._save(bench.config, bench.state, bench.around(), is_best=True)
+    bench.stop(2)
     again = Bench(tmp_path, *overrides)
     again.state.model.to(memory_format=torch.channels_last)
-    restore(again.state, again.store.load())
+    again.take_up()
     moments = again.state.optimizer.state
     assert all(m["exp_avg"].stride() == p.stride() for p, m in moments.items())
     step = list(itertools.islice(bench.around().train, bench.plan.accumulation))
     for one in (bench, again):
-        engine.train_step(one.state.model, one.state, one.config, one.around(iter(step)), _window())
+        one.steps(1, one.around(iter(step)))
     assert equal(weights(again.state.model), weights(bench.state.model))
 
 
