@@ -229,5 +229,10 @@ def _readable(loaded: Iterator[_Loaded]) -> Iterator[_Loaded]:
     """Go through what is loaded; a worker's UserError arrives wrapped in its traceback, so cut it out again."""
     try:
         yield from loaded
+        return
     except UserError as error:
-        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+        problem = str(error).strip().rpartition("UserError: ")[2]
+        # Its frames hold the loader in a circle. Collected as one, the loader would not reach its processes any more,
+        # and wait five seconds for each.
+        error.__traceback__ = None
+    raise UserError(problem)

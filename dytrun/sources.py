@@ -34,6 +34,11 @@ class Split(NamedTuple):
     folder: str = ""
     """The folder of class folders that the files are in."""
 
+    def part(self, chosen: Int[np.ndarray, "k"]) -> "Split":
+        """Return some of the images, by their indices, in that order."""
+        paths = [self.paths[index] for index in chosen] if self.paths else ()
+        return Split(self.labels[chosen], lambda index: self.image(int(chosen[index])), paths, self.folder)
+
     def class_folder(self, index: int) -> str:
         """Return the class folder of an image that is in a file."""
         return os.path.join(self.folder, os.path.relpath(self.paths[index], self.folder).split(os.sep)[0])

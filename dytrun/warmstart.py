@@ -18,7 +18,7 @@ from dytrun.distributed import Place, broadcast_weights
 from dytrun.errors import UserError
 from dytrun.records import Accuracy
 from dytrun.sites import norm_sites
-from dytrun.sources import Data, Split
+from dytrun.sources import Data
 from dytrun.weights import Loaded, brings_alphas, classifier_names, load_weights, read_weights
 
 # Images of a batch: no matter of the machine, because rows are drawn from each.
@@ -84,8 +84,7 @@ def calibrate_start(
     trained, converted = (evaluate(teacher), evaluate(model)) if is_whole else (None, None)
     num = min(config.norm.calibrate_images, len(data.train.labels))
     chosen = epoch_order(len(data.train.labels), config.seed, 0)[:num]
-    images = Split(data.train.labels[chosen], lambda index: data.train.image(int(chosen[index])))
-    seen = ValBatches(config.data, images, _CALIBRATION_BATCH, 0, (0, 1, place.device))
+    seen = ValBatches(config.data, data.train.part(chosen), _CALIBRATION_BATCH, 0, (0, 1, place.device))
     was_training = model.training
     fits = calibrate(teacher, model, [batch.images for batch in seen()])
     model.train(was_training)
