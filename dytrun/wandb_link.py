@@ -146,9 +146,11 @@ def abandon(at_once: bool) -> None:
         for pid in _service_processes():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+    import wandb
+
     # Else wandb's own exit hook waits for a process that may never be done. It exits with the service's code.
     with contextlib.suppress(Exception, SystemExit):
-        _library().teardown()
+        wandb.teardown()
 
 
 def _library() -> Any:
