@@ -238,10 +238,12 @@ def test_a_slow_server_and_a_full_disk_of_wandb_slow_no_step(tmp_path, track, se
             {"dir": tmp_path / "slow", "env": {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address},
              "do": [["log", 1, 300], ["finish", False, True]]},
             {"dir": full.parent,
-             "do": [["log", 1, 50], ["fill", str(full)], ["log", 51, 3000], ["finish", True, True]]},
+             "do": [["log", 1, 50], ["fill", str(full)], ["log", 51, 3000], ["finish", True, False]]},
         )  # fmt: skip
     finally:
         subprocess.run(["umount", full], check=True)
+    assert slow["notes"][0].startswith("W&B: http")
+    assert filled["notes"][1].startswith("W&B is left out from here (not all records could be written to ")
     for name, seen, count in (("slow", slow, 300), ("full", filled, 3000)):
         assert seen["code"] == 0, name
         assert seen["start_s"] < 8, name
