@@ -57,9 +57,10 @@ class Link:
     """How many records W&B has already; it gets the ones after."""
     note: str
     """What a person should know, in a line."""
-    is_online: bool
-    _state: Path
-    _id: str
+    state: Path
+    run_id: str
+    part: Path | None
+    """The transaction log of an offline run."""
 
     def log(self, number: int, values: dict[str, float]) -> None:
         """Hand record `number` to W&B, unless W&B has it."""
@@ -72,14 +73,17 @@ class Link:
 
         Raises:
             TimeoutError: the server did not take all within a minute.
+            OSError: the offline part is not whole, as when the disk was full.
         """
         if result is not None:
             self.run.summary.update({name: getattr(result, name) for name in _SUMMARY})
         if in_haste:
             self.run.mark_preempting()  # a run that leaves with a code other than 0 is then "preempted"
         self.run.finish(exit_code=0 if result is not None and result.status == "finished" else 1)
-        if self.is_online:
-            write_json(self._state, {"id": self._id, "rows": self.known_rows})
+        if self.part is None:
+            write_json(self.state, {"id": self.run_id, "rows": self.known_rows})
+        elif not in_haste and _rows_in(self.part) < self.known_rows:
+            raise OSError(f"not all records could be written to {self.part}")  # of which W&B says nothing
 
 
 def choose_mode(tracking: TrackingConfig) -> tuple[str, str]:
@@ -135,9 +139,12 @@ def open_link(config: RunConfig, run_dir: Path) -> Link | None:
         if not list(part.glob("*.wandb.synced")):
             shutil.rmtree(part, ignore_errors=True)
     _define_axes(run)
-    folder = shlex.quote(str(Path(run.dir).parent))
-    note = f"W&B offline: {why}. See it: wandb leet {folder}  Upload it: wandb sync {folder}"
-    return Link(run, known, f"W&B: {run.url}" if mode == "online" else note, mode == "online", state, run_id)
+    if mode == "online":
+        return Link(run, known, f"W&B: {run.url}", state, run_id, None)
+    folder = Path(run.dir).parent
+    quoted = shlex.quote(str(folder))
+    note = f"W&B offline: {why}. See it: wandb leet {quoted}  Upload it: wandb sync {quoted}"
+    return Link(run, known, note, state, run_id, _log_of(folder, run.id))
 
 
 def abandon(at_once: bool) -> None:
@@ -146,9 +153,11 @@ def abandon(at_once: bool) -> None:
         for pid in _service_processes():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+    import wandb
+
     # Else wandb's own exit hook waits for a process that may never be done. It exits with the service's code.
     with contextlib.suppress(Exception, SystemExit):
-        _library().teardown()
+        wandb.teardown()
 
 
 def _library() -> Any:

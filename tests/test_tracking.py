@@ -1,24 +1,18 @@
-"""metrics.jsonl, the choice of W&B's mode, and W&B servers that refuse or never answer."""
+"""metrics.jsonl, on a good and on a full disk, and the choice of W&B's mode."""
 
 import json
-import socket
 import subprocess
-import sys
-import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import tiny
+from tracked import fill, train_record
 
 from dytrun import records
-from dytrun.records import Accuracy, EvalRecord, Speed, TrainRecord, to_json_line
-from dytrun.tracking import Tracker, choose_mode
-
-KEY = "0123456789" * 4
-
-
-def train_record(step: int, loss: float = 1.0) -> TrainRecord:
-    speed = Speed(images_per_s=100.0, step_ms_p50=5.0, step_ms_p95=6.0, data_wait_frac=0.1, peak_mem_gib=0.5)
-    return TrainRecord(step, step / 10, step * 32, loss, 1e-3, 2.0, speed, world=2, alpha={"blocks.0.norm1": 0.5})
+from dytrun.records import Accuracy, EvalRecord, Position, Record, to_json_line
+from dytrun.tracking import Tracker
+from dytrun.wandb_link import choose_mode
 
 
 def eval_record(step: int) -> EvalRecord:
@@ -48,19 +42,103 @@ def test_a_line_is_a_record_and_what_is_not_finite_becomes_null():
     assert json.loads(to_json_line(eval_record(10)))["val/top1"] == 75.0
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
-    config = tiny()
-    tracker = Tracker(config, tmp_path, 0, print)
-    for step in (10, 20, 30):
-        tracker.log(train_record(step))
+def track(run_dir: Path, position: Position, new: list[Record]) -> list[str]:
+    """Log some records without W&B and return what was said."""
+    said: list[str] = []
+    tracker = Tracker(tiny(), run_dir, position, said.append)
+    for record in new:
+        tracker.log(record)
     tracker.finish(None)
+    return said
+
+
+def steps(run_dir: Path) -> list[tuple[int, float | None]]:
+    """Return (step, loss) of each line; an evaluation has None."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("train/loss")) for line in found]
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+    track(tmp_path, Position(0, False), [train_record(step) for step in (10, 20, 30)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "tra')  # what a killed process left
-    tracker = Tracker(config, tmp_path, 20, print)
-    tracker.log(train_record(30, loss=9.0))
+    track(tmp_path, Position(20, True), [train_record(30, loss=9.0)])
+    assert steps(tmp_path) == [(10, 1.0), (20, 1.0), (30, 9.0)]
+
+
+@pytest.mark.parametrize(
+    ("position", "kept"),
+    [
+        (Position(20, True), [(10, 1.0), (10, None), (20, 1.0), (20, None)]),
+        (Position(20, False), [(10, 1.0), (10, None), (20, 1.0)]),
+        (Position(15, False), [(10, 1.0), (10, None)]),
+        (Position(0, False), []),
+    ],
+)
+def test_an_evaluation_is_kept_only_if_training_got_past_it(tmp_path, position, kept):
+    track(tmp_path, Position(0, False), [train_record(10), eval_record(10), train_record(20), eval_record(20)])
+    assert track(tmp_path, position, []) == []
+    assert steps(tmp_path) == kept
+
+
+def test_a_line_that_cannot_be_read_costs_no_other(tmp_path):
+    track(tmp_path, Position(0, False), [train_record(10)])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(100) + b"\n" + (to_json_line(train_record(20)) + "\n").encode())
+    said = track(tmp_path, Position(20, True), [])
+    assert said == ["metrics.jsonl has 1 lines that cannot be read; they are left out"]
+    assert steps(tmp_path) == [(10, 1.0), (20, 1.0)]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_what_a_full_disk_does_not_take_waits_in_memory_whole(small_disk):
+    said: list[str] = []
+    tracker = Tracker(tiny(), small_disk, Position(0, False), said.append)
+    # 100 bytes are left of the page that the file ends in: a record begins and does not fit.
+    size = len(to_json_line(train_record(11))) + 1
+    assert size > 100
+    for step in range(10, 10 + (4096 - 100) // size):
+        tracker.log(train_record(step))
+    last = step
+    fill(small_disk)
+    before = (small_disk / "metrics.jsonl").read_bytes()
+    for step in (last + 1, last + 2):
+        tracker.log(train_record(step))
+        assert (small_disk / "metrics.jsonl").read_bytes() == before  # not a byte of half a record
+    reason = "metrics.jsonl cannot be written ([Errno 28] No space left on device)"
+    assert said == [f"{reason}: 1 records wait in memory", f"{reason}: 2 records wait in memory"]
+    (small_disk / "filler").unlink()
+    tracker.log(train_record(last + 3))
+    assert steps(small_disk) == [(step, 1.0) for step in range(10, last + 4)]
+    fill(small_disk)
+    for step in range(last + 4, last + 24):
+        tracker.log(train_record(step))
     tracker.finish(None)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["train/loss"]) for line in lines] == [(10, 1.0), (20, 1.0), (30, 9.0)]
+    assert "lacks its last" in said[-1]
+    assert "free the disk" in said[-1]
+    held = (small_disk / "metrics.jsonl").read_text()
+    assert held.endswith("}\n")
+    waiting = int(said[-1].partition("lacks its last ")[2].split()[0])
+    assert held.count("\n") + waiting == last + 24 - 10
+    # The next start needs no room to drop what came after its checkpoint, and goes on where the file ends.
+    said.clear()
+    tracker = Tracker(tiny(), small_disk, Position(last, True), said.append)
+    (small_disk / "filler").unlink()
+    tracker.log(train_record(last + 1, loss=2.0))
+    tracker.finish(None)
+    assert steps(small_disk) == [*((step, 1.0) for step in range(10, last + 1)), (last + 1, 2.0)]
+    assert said == []
 
 
 def test_without_a_key_auto_is_offline(monkeypatch, tmp_path):
@@ -69,74 +147,3 @@ def test_without_a_key_auto_is_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode(tiny("tracking.mode=auto").tracking)[0] == "off"
     assert choose_mode(tiny("tracking.mode=offline").tracking)[0] == "offline"
-
-
-START = """
-import sys, time
-from dytrun.compose import expand
-from dytrun.tracking import Tracker
-from pathlib import Path
-config = expand(sys.argv[2:]).configs[0]
-start = time.time()
-notes = []
-tracker = Tracker(config, Path(sys.argv[1]), 0, notes.append)
-print(time.time() - start)
-print(notes[0])
-tracker.finish(None)
-"""
-
-
-def start_tracker(directory, server: str, monkeypatch, *overrides: str) -> subprocess.CompletedProcess[str]:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", server)
-    directory.mkdir()
-    return subprocess.run(
-        [sys.executable, "-c", START, str(directory), "data=digits", *overrides],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def test_a_server_that_refuses_costs_seconds_and_no_run(tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    done = start_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", monkeypatch)
-    assert done.returncode == 0, done.stderr
-    seconds, note = done.stdout.splitlines()[:2]
-    assert float(seconds) < 10
-    assert "out of reach" in note
-    assert "wandb leet" in note
-    assert "wandb sync" in note
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-
-
-@pytest.mark.slow
-def test_a_server_that_never_answers_costs_half_a_minute_and_no_run(tmp_path, monkeypatch):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(50)
-        begun = time.time()
-        done = start_tracker(tmp_path / "run", f"http://127.0.0.1:{server.getsockname()[1]}", monkeypatch)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout.splitlines()[0]) < 30, time.time() - begun
-        assert "did not answer" in done.stdout
-        assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-
-
-@pytest.mark.slow
-def test_online_asked_for_and_not_had_is_an_error(tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    done = start_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", monkeypatch, "tracking.mode=online")
-    assert "UserError: tracking.mode: W&B cannot be reached" in done.stderr
-
-
-def test_no_key_is_written_anywhere(tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start_tracker(tmp_path / "run", f"http://127.0.0.1:{port}", monkeypatch)
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert files
-    assert not [path for path in files if KEY.encode() in path.read_bytes()]

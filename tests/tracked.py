@@ -1,9 +1,10 @@
-"""Runs with a Tracker, each in a process of its own: python tracked.py reads a list of requests a line and forks for each.
+"""Runs with a Tracker, each in a process of its own: python tracked.py reads lists of requests and forks for each.
 
 A request: {"dir", "env", "overrides", "position", "do"}. What it saw is in DIR.json when it is gone, or killed. The
 imports are then paid once for all of them; only wandb is imported in the fork.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,13 @@ LOSS = 1.0
 def train_record(step: int, loss: float = LOSS) -> TrainRecord:
     speed = Speed(images_per_s=100.0, step_ms_p50=5.0, step_ms_p95=6.0, data_wait_frac=0.1, peak_mem_gib=0.5)
     return TrainRecord(step, step / 10, step * 32, loss, 1e-3, 2.0, speed, world=2, alpha={"blocks.0.norm1": 0.5})
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte free on the file system of `folder`."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
 
 
 def run(request: dict) -> None:
@@ -46,16 +54,14 @@ def run(request: dict) -> None:
                 seen["log_s"].append(time.perf_counter() - begun)
         elif name == "wait":
             until = time.monotonic() + 20
-            while not any(Path(values[0]).glob(values[1])) and time.monotonic() < until:
+            while values[1] not in Path(values[0]).read_text() and time.monotonic() < until:
                 time.sleep(0.05)
-        elif name == "sleep":
-            time.sleep(values[0])
         elif name == "signal":
             out.write_text(json.dumps(seen))
             os.kill(values[0] or os.getpid(), getattr(signal, values[1]))
             time.sleep(0.3)
-        elif name == "write":
-            Path(values[0]).write_text("")
+        elif name == "fill":
+            fill(Path(values[0]))
         elif name == "finish":
             begun = time.perf_counter()
             tracker.finish(RESULT if values[0] else None, in_haste=values[1])

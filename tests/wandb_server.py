@@ -2,7 +2,7 @@
 
 What it is sent it appends to FOLDER/sent.jsonl, a request a line, and reads back when it is started again. Rows of
 history are kept by their offset, as W&B keeps them. HOW it answers: `well`, `500`, `never`, `dribble` (a byte a
-second), `deaf` (everything but GraphQL, and that never), or `slow` (well, after three seconds).
+second), `deaf` (everything but GraphQL, and that never), or `slow` (a second and a half after each post).
 """
 
 import contextlib
@@ -89,8 +89,8 @@ class Handler(BaseHTTPRequestHandler):
     def _reply(self, values: dict) -> None:
         if self.how == "never":
             time.sleep(600)
-        if self.how == "slow":
-            time.sleep(3)
+        if self.how == "slow" and self.command == "POST":
+            time.sleep(1.5)
         data = json.dumps(values).encode()
         if self.how == "dribble":
             for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 600:

@@ -1,0 +1,252 @@
+"""W&B under fire, with the real wandb in real processes: kills, dead, deaf and slow servers, full disks, a key."""
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from wandb_server import history_of, requests_of
+
+from dytrun.wandb_link import _entries
+
+HERE = Path(__file__).parent
+KEY = "c4a7" * 10
+REFUSED = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
+    """One start of Python for all trackers of this file."""
+    home = tmp_path_factory.mktemp("home")
+    env = os.environ | {"HOME": str(home), "NETRC": str(home / "none"), "OMP_NUM_THREADS": "1"}
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SERVICE", "WANDB_BASE_URL"):
+        env.pop(name, None)
+    command = [sys.executable, str(HERE / "tracked.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def track(worker) -> Callable[..., list[dict]]:
+    """Run trackers at the same time, each in its process; return what each saw, and how it ended."""
+
+    def go(*requests: dict) -> list[dict]:
+        whole = [{"env": {}, "overrides": [], "position": [0, False]} | request for request in requests]
+        whole = [request | {"dir": str(request["dir"])} for request in whole]
+        worker.stdin.write(json.dumps(whole) + "\n")
+        worker.stdin.flush()
+        ends = json.loads(worker.stdout.readline())
+        return [end | json.loads(Path(f"{one['dir']}.json").read_text()) for one, end in zip(whole, ends, strict=True)]
+
+    return go
+
+
+@pytest.fixture
+def serve(tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
+    """Start servers: `serve(how, folder, port)` returns the process and its address; without a port, a free one."""
+    started = []
+
+    def start(how: str, folder: Path, port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
+        folder.mkdir(exist_ok=True)
+        port = port or free_port()
+        process = subprocess.Popen([sys.executable, str(HERE / "wandb_server.py"), str(port), str(folder), how])
+        started.append(process)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return process, f"http://127.0.0.1:{port}"
+            time.sleep(0.05)
+        raise TimeoutError("the server does not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wandb_id(run_dir: Path) -> str:
+    return json.loads((run_dir / "wandb" / "rows.json").read_text())["id"]
+
+
+def parts(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("offline-run-*"))
+
+
+def rows_of(part: Path) -> list[tuple[int, int]]:
+    """Return (W&B's history step, our step) of each row in an offline part, as wandb's own messages tell them."""
+    from wandb.proto import wandb_internal_pb2
+
+    (log,) = part.glob("*.wandb")
+    rows = []
+    for data in _entries(log.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            rows.append((record.history.step.num, values["step"]))
+    return rows
+
+
+def served(folder: Path, run_id: str) -> list[tuple[int, int]]:
+    """Return (W&B's history step, our step) of each row as a server has them."""
+    return [(row["_step"], row["step"]) for row in history_of(folder, run_id)]
+
+
+def numbered(count: int) -> list[tuple[int, int]]:
+    """What W&B shall have of records for the steps 1 to `count`: each once, in order."""
+    return [(number, number + 1) for number in range(count)]
+
+
+def sync(run_dir: Path, address: str, tmp_path: Path) -> None:
+    """Upload a run as a person would."""
+    subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", *map(str, parts(run_dir))], check=True, capture_output=True,
+        env=os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address, "HOME": str(tmp_path)},
+    )  # fmt: skip
+
+
+def assert_no_key(run_dir: Path) -> None:
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert any(path.name == "debug-internal.log" for path in files)
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_killed_offline_runs_are_whole_after_a_sync(tmp_path, track, serve):
+    run_dir = tmp_path / "run"
+    (killed,) = track({"dir": run_dir, "do": [["log", 1, 1000], ["signal", None, "SIGKILL"]]})
+    assert killed["code"] == -signal.SIGKILL
+    assert killed["start_s"] < 5
+    assert "no API key" in killed["notes"][0]
+    assert len(rows_of(*parts(run_dir))) < 1000  # or this test tests nothing: wandb has lost its last block
+    (resumed,) = track({"dir": run_dir, "position": [950, True], "do": [["log", 951, 1010], ["finish", True, False]]})
+    assert resumed["code"] == 0
+    assert rows_of(*parts(run_dir)) == numbered(1010)
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1010
+
+    _, address = serve("well", tmp_path / "server")
+    sync(run_dir, address, tmp_path)
+    assert served(tmp_path / "server", wandb_id(run_dir)) == numbered(1010)
+
+    # What is synced stays, and the next part goes on after it; a part that is not is superseded.
+    for last in (1012, 1015):
+        track({"dir": run_dir, "position": [1010, True], "do": [["log", 1011, last], ["signal", None, "SIGKILL"]]})
+    track({"dir": run_dir, "position": [1015, True], "do": [["log", 1016, 1020], ["finish", True, False]]})
+    assert [len(rows_of(part)) for part in parts(run_dir)] == [1010, 10]
+    sync(run_dir, address, tmp_path)
+    assert served(tmp_path / "server", wandb_id(run_dir)) == numbered(1020)
+
+
+def test_a_server_that_is_none_costs_seconds_and_no_run(tmp_path, track, serve):
+    hows = ("refused", "500", "never", "dribble", "deaf")
+    addresses = {how: serve(how, tmp_path / f"server-{how}")[1] for how in hows if how != "refused"}
+    addresses["refused"] = REFUSED["WANDB_BASE_URL"]
+    requests = [
+        {"dir": tmp_path / how, "env": {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": addresses[how]},
+         "do": [["log", 1, 20], ["finish", True, False]]}
+        for how in hows
+    ]  # fmt: skip
+    asked_for = {"dir": tmp_path / "asked", "env": REFUSED, "overrides": ["tracking.mode=online"], "do": []}
+    *all_seen, refused = track(*requests, asked_for)
+    assert refused["error"].startswith("tracking.mode: W&B cannot be reached")
+    assert refused["start_s"] < 20
+    for how, seen in zip(hows, all_seen, strict=True):
+        assert seen["code"] == 0, how
+        assert seen["start_s"] < 8, how
+        assert max(seen["log_s"]) < 1, how
+        said = {"refused": "refused", "500": "it answers 500", "never": "no answer", "dribble": "no answer",
+                "deaf": "W&B did not answer"}[how]  # fmt: skip
+        (note,) = [note for note in seen["notes"] if note.startswith("W&B offline")]
+        assert said in note
+        assert "wandb sync" in note
+        (part,) = parts(tmp_path / how)
+        assert part.name.endswith(wandb_id(tmp_path / how))
+        assert rows_of(part) == numbered(20)
+        assert_no_key(tmp_path / how)
+
+
+def test_a_server_gets_each_record_once_whatever_dies(tmp_path, track, serve):
+    run_dir, folder = tmp_path / "run", tmp_path / "server"
+    server, address = serve("well", folder)
+    port = int(address.rpartition(":")[2])
+    online = {"dir": run_dir, "env": {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address}}
+
+    # The run is killed: some records are on the server, the others nowhere but in metrics.jsonl.
+    track(online | {"do": [["log", 1, 30], ["wait", str(folder / "sent.jsonl"), "train/loss"], ["log", 31, 50],
+                           ["signal", None, "SIGKILL"]]})  # fmt: skip
+    run_id = wandb_id(run_dir)
+    assert 0 < len(served(folder, run_id)) < 50
+    # It goes on from an older checkpoint than the server's last row.
+    (seen,) = track(online | {"position": [25, True], "do": [["log", 26, 60], ["finish", False, True]]})
+    assert served(folder, run_id) == numbered(60)
+    assert seen["finish_s"] < 3.5
+    assert any("preempting" in json.dumps(request["body"]) for request in requests_of(folder))
+
+    # The server dies in mid-run.
+    (seen,) = track(online | {"position": [60, True],
+                              "do": [["log", 61, 260], ["signal", server.pid, "SIGKILL"], ["log", 261, 460],
+                                     ["finish", False, True]]})  # fmt: skip
+    before, after = seen["log_s"][:200], seen["log_s"][200:]
+    assert statistics.median(after) < 3 * statistics.median(before)
+    assert max(after) < 0.5
+    assert seen["finish_s"] < 5
+    assert seen["all_s"] < 15, "the end of the process does not wait for W&B either"
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 460
+    assert_no_key(run_dir)
+
+    # Nobody knows how much it got, and it cannot be asked: a whole run under another id, for who wants to sync.
+    track(online | {"position": [460, True], "do": [["log", 461, 470], ["finish", False, True]]})
+    assert [part.name.rpartition("_")[2].partition("-")[2] for part in parts(run_dir)] == [f"{run_id}-offline"]
+    assert rows_of(*parts(run_dir)) == numbered(470)
+
+    # It is back.
+    serve("well", folder, port)
+    (seen,) = track(online | {"position": [465, True], "do": [["log", 466, 480], ["finish", True, False]]})
+    assert seen["notes"][0].startswith("W&B: http")
+    assert served(folder, run_id) == numbered(480)
+    assert parts(run_dir) == []  # the offline part is superseded: a sync would make a second run of it
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 481))
+    assert_no_key(run_dir)
+
+
+def test_a_slow_server_and_a_full_disk_of_wandb_slow_no_step(tmp_path, track, serve):
+    _, address = serve("slow", tmp_path / "server")
+    full = tmp_path / "full" / "wandb"
+    full.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", full], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        slow, filled = track(
+            {"dir": tmp_path / "slow", "env": {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address},
+             "do": [["log", 1, 300], ["finish", False, True]]},
+            {"dir": full.parent,
+             "do": [["log", 1, 50], ["fill", str(full)], ["log", 51, 3000], ["finish", True, False]]},
+        )  # fmt: skip
+    finally:
+        subprocess.run(["umount", full], check=True)
+    assert slow["notes"][0].startswith("W&B: http")
+    assert filled["notes"][1].startswith("W&B is left out from here (not all records could be written to ")
+    for name, seen, count in (("slow", slow, 300), ("full", filled, 3000)):
+        assert seen["code"] == 0, name
+        assert seen["start_s"] < 8, name
+        assert max(seen["log_s"]) < 0.5, name
+        assert seen["finish_s"] < 5, name
+        assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == count
