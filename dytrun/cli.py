@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dytrun import __version__, compose, stop
+from dytrun import __version__, compose, guard, stop
 from dytrun.errors import UserError, first_line
-from dytrun.task import DONE, FAILED, STOPPED, WRONG_INPUT, Outcome, Task, exit_code, outcomes
+from dytrun.task import DONE, FAILED, WRONG_INPUT, Outcome, Task, exit_code, outcomes
 from dytrun.usage import COMMANDS, CONF, command_help, config_dir_of, flag_name, is_bare, usage
 
 # Flags with which Hydra shows something instead of running.
-_SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+_COMPLETE = ("--shell-completion", "-sc")
+_SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help", *_COMPLETE)
 # No more of a command line than this is noted in starts.jsonl.
 _COMMAND_CHARS = 20_000
 
@@ -28,6 +29,7 @@ _COMMAND_CHARS = 20_000
 def main() -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong input, 75 stopped."""
     try:
+        guard.check_arguments(sys.argv[1:])
         # Hydra makes its own of sys.argv, and jobs elsewhere have another: starts.jsonl gets it from here.
         os.environ["DYTRUN_COMMAND"] = shlex.join(["dytrun", *sys.argv[1:]])[:_COMMAND_CHARS]
         # What is not training stops at once, and leaves nothing; training has its own way (`stop.passed_on`).
@@ -35,14 +37,14 @@ def main() -> int:
             return _main(sys.argv[1:])
     except UserError as error:
         for problem in error.problems:
-            print(f"dytrun: {problem}", file=sys.stderr)
+            print(f"dytrun: {guard.printable(problem)}", file=sys.stderr)
         return WRONG_INPUT
     except BrokenPipeError:  # dytrun … | head
         sys.stdout = None
         return DONE
     except KeyboardInterrupt:
         print("dytrun: stopped", file=sys.stderr)
-        return STOPPED
+        return stop.STOPPED
 
 
 def _main(args: list[str]) -> int:
@@ -107,7 +109,7 @@ def _train(args: list[str]) -> int:
         [*ended.values(), *(Outcome(name, "failed") for name in missing if "job" not in ended)], is_several
     )
     _say_what_failed(list(ended.values()), missing, is_several)
-    if is_several and code != STOPPED and not first.dry_run:
+    if is_several and code != stop.STOPPED and not first.dry_run:
         from dytrun import commands
 
         commands.close_sweep(Path(first.runs_dir), len(ended) + len(missing))
@@ -184,9 +186,9 @@ def _say_what_failed(ended: Sequence[Outcome], missing: Sequence[str], is_sweep:
     bad = [one for one in ended if one.ending in ("failed", "refused", "stopped")]
     for one in bad:
         if one.trace:
-            print(one.trace, file=sys.stderr)
+            print(guard.struck(one.trace), file=sys.stderr)
         for line in one.problems:
-            print(f"dytrun: {f'{one.run}: ' if is_sweep else ''}{line}", file=sys.stderr)
+            print(f"dytrun: {f'{one.run}: ' if is_sweep else ''}{guard.printable(line)}", file=sys.stderr)
     if any(one.ending == "stopped" for one in bad):
         print("dytrun: type the command again to go on from the last checkpoint", file=sys.stderr)
         return
@@ -221,7 +223,9 @@ def _show(verb: str, args: list[str]) -> int:
     def no_task(cfg: Any) -> None:
         """Stand in for a command while Hydra only shows something."""
 
-    _hydra(verb, args, no_task)
+    if not any(flag_name(arg) in _COMPLETE for arg in args):
+        compose.check_shown(args, verb)
+    _hydra(verb, [compose.addable(arg) for arg in args], no_task)
     return DONE
 
 
@@ -231,8 +235,7 @@ def _hydra(verb: str, args: list[str], task: Callable[[Any], Any]) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    # Hydra's parser wants the overrides in one piece; what a flag takes has no '='.
-    overrides = [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+    overrides = compose.overrides_of(args)  # Hydra's parser wants them in one piece
     sys.argv = ["dytrun", *overrides, *(arg for arg in args if arg not in overrides)]
     try:
         with compose.raw_errors():

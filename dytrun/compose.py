@@ -4,6 +4,7 @@ Every run of a sweep is composed and validated before the first one starts; noth
 OmegaConf, but for the launchers.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dytrun import guard
 from dytrun.errors import UserError
 from dytrun.usage import CONF, config_dir_of
 
 MULTIRUN = ("--multirun", "-m")
+# What of Hydra's own settings a command line may set; the rest would write files, or build things by their names.
+_OPEN = ("launcher", "sweeper", "mode", "verbose", "runtime", "overrides", "job", "searchpath")
+_OPEN_OF_JOB = ("name", "num", "id", "override_dirname", "config_name")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ def expand(args: Sequence[str], verb: str = "train") -> Expanded:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    guard.check_arguments(args)
     flags = [arg for arg in args if arg.startswith("-")]
     search = config_dir_of(args)
     overrides = [addable(arg) for arg in args if arg not in flags and arg != search]
@@ -53,6 +59,7 @@ def expand(args: Sequence[str], verb: str = "train") -> Expanded:
         try:
             parse = OverridesParser.create().parse_overrides
             parsed = parse(overrides)
+            _check_keys(parsed)
             first = _composed(compose, verb, [one[0] for one in _values(BasicSweeper, parsed)])
             is_sweep = any(flag in MULTIRUN for flag in flags) or str(first.hydra.mode).endswith("MULTIRUN")
             is_open = is_sweep and not str(first.hydra.sweeper._target_).endswith(".BasicSweeper")
@@ -65,9 +72,34 @@ def expand(args: Sequence[str], verb: str = "train") -> Expanded:
             configs = [validated(verb, _composed(compose, verb, list(job))) for job in jobs]
             return Expanded(configs, is_sweep, is_open, plain(first.hydra.launcher))
         except Exception as error:
-            if isinstance(error, UserError):
-                raise
             raise_composition(error)
+
+
+def check_shown(args: Sequence[str], verb: str) -> None:
+    """Refuse what Hydra would be asked to show as if it were to be run.
+
+    Raises:
+        UserError: it holds what no configuration may.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    guard.check_arguments(args)
+    overrides = [*map(addable, overrides_of(args)), *_searchpath(config_dir_of(args))]
+    with raw_errors(), initialize_config_dir(str(CONF), **version_base()):
+        try:
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            _check_keys(parsed)
+            cfg = _composed(compose, verb, [one[0] for one in _values(BasicSweeper, parsed)])
+            guard.check_values(plain(_without_hydra(cfg)))
+        except Exception as error:
+            raise_composition(error)
+
+
+def overrides_of(args: Sequence[str]) -> list[str]:
+    """Return the arguments that are overrides; what a flag takes has no '='."""
+    return [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
 
 
 def page_of(cfg: Any, name: str, config_dir: str | None) -> Any:
@@ -91,23 +123,31 @@ def page_of(cfg: Any, name: str, config_dir: str | None) -> Any:
 
 def validated(verb: str, cfg: Any) -> Any:
     """Turn Hydra's configuration of a command into ours."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
 
     from dytrun.config import EvalConfig, ReplayConfig, ReportConfig, RunConfig
     from dytrun.validation import validate
+
+    cfg = _without_hydra(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(*(f"{key}: a value is needed; say {key}=…" for key in missing))
+    values = plain(cfg)
+    guard.check_values(values)
+    if verb in ("eval", "replay") and values.get("dir") is None:
+        raise UserError(f"dir: which run? say dytrun {verb} DIR")
+    types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig}
+    return validate(types[verb], values)
+
+
+def _without_hydra(cfg: Any) -> Any:
+    from omegaconf import open_dict
 
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
         cfg.pop("experiment", None)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(*(f"{key}: a value is needed; say {key}=…" for key in missing))
-    values = plain(cfg)
-    if verb in ("eval", "replay") and values.get("dir") is None:
-        raise UserError(f"dir: which run? say dytrun {verb} DIR")
-    types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig}
-    return validate(types[verb], values)
+    return cfg
 
 
 def plain(cfg: Any) -> Any:
@@ -144,6 +184,8 @@ def raise_composition(error: Exception) -> NoReturn:
 
     from dytrun.validation import near
 
+    if isinstance(error, RecursionError):
+        raise UserError("the command line is nested too deeply to be read; write it flatter") from None
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [str(item) for item in error.options or [] if not str(item).startswith("_")]
@@ -179,7 +221,28 @@ def _searchpath(config_dir: str | None) -> list[str]:
         return []
     if not Path(config_dir).is_dir():
         raise UserError(f"--config-dir: {config_dir} is no directory; give one that holds configuration groups")
-    return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    _know_checked_files()
+    return [f"hydra.searchpath=[{quoted(f'checked://{Path(config_dir).resolve()}')}]"]
+
+
+def _know_checked_files() -> None:
+    """Let Hydra read a user's own files as its others, and look at each before it does."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.plugins.config_source import ConfigResult
+
+    class CheckedFiles(FileConfigSource):
+        @staticmethod
+        def scheme() -> str:
+            return "checked"
+
+        def load_config(self, config_path: str) -> ConfigResult:
+            path = Path(self.path) / self._normalize_file_name(config_path)
+            if path.is_file():
+                guard.check_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+            return super().load_config(config_path)
+
+    SourcesRegistry.instance().register(CheckedFiles)
 
 
 def _values(sweeper: Any, parsed: Sequence[Any]) -> list[list[str]]:
@@ -207,7 +270,74 @@ def _refuse_sweeps(overrides: list[str], parsed: Sequence[Any], is_sweep: bool) 
             raise UserError(f"{text}: a range without steps needs a sweeper that searches; list values, or install one")
 
 
+def _check_keys(parsed: Sequence[Any]) -> None:
+    """Refuse what would be gone from the composed configuration before it is looked at."""
+    for override in parsed:
+        if str(override.key_or_group).startswith("hydra.searchpath") and "checked://" not in override.input_line:
+            raise UserError("hydra.searchpath: say --config-dir DIR instead")
+
+
 def _composed(compose: Any, verb: str, overrides: list[str]) -> Any:
+    """Compose, and look at what came out before anyone else does."""
+    cfg = _loose(compose, verb, overrides)
+    settled = _settled(cfg.hydra)
+    for key, value in _settled_by(compose, verb).items():
+        if settled.get(key) != value:
+            hint = "say runs_dir=DIR" if key in ("run", "sweep", "output_subdir") else "leave it out"
+            raise UserError(f"hydra.{key}: dytrun sets it, and nothing is built from a name in a configuration; {hint}")
+    known = _buildable()
+    for part in ("launcher", "sweeper"):
+        values = plain(cfg.hydra[part])
+        guard.check_values(values, f"hydra.{part}")
+        for path, key, value in guard.build_names(values, f"hydra.{part}"):
+            if (key, value) not in known:
+                raise UserError(f"{path}: {value} belongs to no launcher or sweeper that is installed here; say "
+                                "hydra/launcher=… or hydra/sweeper=…")  # fmt: skip
+        if isinstance(values, dict) and values.get("custom_search_space") is not None:
+            raise UserError("hydra.sweeper.custom_search_space: it names a function, and nothing is called by a name "
+                            "in a configuration; list the space in the overrides")  # fmt: skip
+    return cfg
+
+
+@functools.cache
+def _settled_by(compose: Any, verb: str) -> dict[str, Any]:
+    """Return Hydra's own settings as conf/ has them."""
+    return _settled(compose(config_name=verb, return_hydra_config=True).hydra)
+
+
+def _settled(hydra: Any) -> dict[str, Any]:
+    """Return Hydra's own settings without those that a command line may set."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(hydra)
+    job = {key: value for key, value in values["job"].items() if key not in _OPEN_OF_JOB}
+    return {key: value for key, value in values.items() if key not in _OPEN} | {"job": job}
+
+
+@functools.cache
+def _buildable() -> set[tuple[str, str]]:
+    """Return (key, value) of all that the launchers and sweepers installed here have Hydra build."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    found = set()
+
+    def look(tree: dict[str, Any]) -> None:
+        for entry in tree.values():
+            if isinstance(entry, dict):
+                look(entry)
+            else:
+                found.update(guard.build_names(OmegaConf.to_container(entry.node), ""))
+
+    store = ConfigStore.instance().repo.get("hydra", {})
+    for group in ("launcher", "sweeper"):
+        look(store.get(group, {}))
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        found.update(guard.build_names(OmegaConf.to_container(OmegaConf.load(path)), ""))
+    return {(key, value) for _, key, value in found}
+
+
+def _loose(compose: Any, verb: str, overrides: list[str]) -> Any:
     """Compose; a key that Hydra does not know is added, so that validation can name all of them at once."""
     from hydra.errors import ConfigCompositionException
 

@@ -197,8 +197,8 @@ class RunConfig(BaseModel):
                 problems.append(f"augment.{name}: [{low:g}, {high:g}] is no range; give [smaller, larger]")
         if self.machine.hang_timeout_s >= self.machine.collective_timeout_s:
             problems.append(
-                f"machine.hang_timeout_s: {self.machine.hang_timeout_s} s is not below machine.collective_timeout_s="
-                f"{self.machine.collective_timeout_s}: a lost rank would end the run before anybody says which; change one"
+                f"machine.hang_timeout_s: {self.machine.hang_timeout_s} is not below machine.collective_timeout_s="
+                f"{self.machine.collective_timeout_s}: a hang would end the run before it is said whose; change one"
             )
         if self.machine.devices == []:
             problems.append("machine.devices: an empty list; name a device or say auto")

@@ -1,6 +1,6 @@
 """fit(): optimizer steps, accumulation, precision, EMA, evaluation, checkpoints. It yields records and never logs.
 
-After every step all ranks know the same of it (`guard`): whether its loss and gradient may change the weights, and
+After every step all ranks know the same of it (`agreement`): whether its loss and gradient may change the weights, and
 whether one of them was told to stop, wants to save or has met an image that cannot be read. So they act together.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dytrun import optim, watchdog
+from dytrun.agreement import LAG, Agreement, Verdict, Wishes
 from dytrun.batch import Batch
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import autocast, distribute, train_loss
@@ -22,7 +23,6 @@ from dytrun.config import RunConfig
 from dytrun.distributed import Place, average_buffers, from_first, gather, same_weights
 from dytrun.errors import UserError
 from dytrun.evaluate import Halted, evaluate
-from dytrun.guard import LAG, Guard, Verdict, Wishes
 from dytrun.records import Accuracy, EvalRecord, Record, Remark, Speed, TrainRecord
 from dytrun.state import Best, State, Window, snapshot, speed_so_far
 from dytrun.throughput import Clock
@@ -91,7 +91,7 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
         verdicts = train_step(under)
         around.clock.step_done()
         if state.step % every == 0 or state.step % plan.steps_per_epoch == 0:
-            verdicts += _judged(under, under.guard.take(everything=True))
+            verdicts += _judged(under, under.agreement.take(everything=True))
             yield _train_record(under, lr)
         yield from _act(under, verdicts)
 
@@ -105,7 +105,7 @@ class Underway:
     around: Surroundings
     net: nn.Module
     """The model, in DDP where there are several ranks."""
-    guard: Guard
+    agreement: Agreement
     samples: dict[int, list[list[int]]] = field(default_factory=dict)
     """Of the last steps: the images of each micro-batch on this rank."""
     bad_images: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -114,12 +114,12 @@ class Underway:
 
 
 def underway(config: RunConfig, state: State, around: Surroundings) -> Underway:
-    """Wrap the model and set up the guard."""
+    """Wrap the model and set up what the ranks agree by."""
     net = distribute(state.model, around.place, around.plan.accumulation)
     net.train()
     # fp16's loss scaling waits for the device in every step anyway.
     is_ahead = around.place.device.type == "cuda" and not state.scaler.is_enabled()
-    return Underway(config, state, around, net, Guard(around.place.device, LAG if is_ahead else 0, state.losses))
+    return Underway(config, state, around, net, Agreement(around.place.device, LAG if is_ahead else 0, state.losses))
 
 
 def train_step(under: Underway) -> list[Verdict]:
@@ -149,7 +149,7 @@ def train_step(under: Underway) -> list[Verdict]:
         state.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     beat(state.step, watchdog.AGREE)
-    word = under.guard.agree(loss_sum, _wishes(under, substituted))
+    word = under.agreement.agree(loss_sum, _wishes(under, substituted))
     beat(state.step, watchdog.UPDATE)
     verdicts = _optimizer_step(under, word)
     if state.ema is not None:
@@ -172,13 +172,13 @@ def _optimizer_step(under: Underway, word: Tensor) -> list[Verdict]:
     The same everywhere: gradients and loss are averages over all ranks. With fp16 a gradient may overflow now and
     then; the scaler skips those steps alone and lowers its scale, and the loss or a vanished scale tells a divergence.
     """
-    config, state, guard = under.config, under.state, under.guard
+    config, state, agreement = under.config, under.state, under.agreement
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     state.scaler.unscale_(state.optimizer)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     norms = grad_norm, not state.scaler.is_enabled()
-    guard.put(state.step, word[0] / under.around.place.world, word[1:], norms, config.optim.stop_at_spike)
-    verdicts = _judged(under, guard.take())
+    agreement.put(state.step, word[0] / under.around.place.world, word[1:], norms, config.optim.stop_at_spike)
+    verdicts = _judged(under, agreement.take())
     if config.optim.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_grad, grad_norm)
     if state.scaler.is_enabled():
@@ -186,7 +186,7 @@ def _optimizer_step(under: Underway, word: Tensor) -> list[Verdict]:
         state.scaler.update()
     else:
         # Fused AdamW reads this flag on the device and leaves weights and moments alone where it is 1.
-        setattr(state.optimizer, "found_inf", guard.is_bad)
+        setattr(state.optimizer, "found_inf", agreement.is_bad)
         state.optimizer.step()
     return verdicts
 
@@ -219,7 +219,7 @@ def _act(under: Underway, verdicts: list[Verdict]) -> Iterator[Record | Remark]:
         yield _share_bad_images(under)
     is_stopped = any(verdict.stop for verdict in verdicts)
     if is_stopped or any(verdict.save for verdict in verdicts):
-        _judged(under, under.guard.take(everything=True))
+        _judged(under, under.agreement.take(everything=True))
         with under.around.clock.pause():
             said = _save(under, is_best=False)
         if is_stopped:
@@ -279,7 +279,7 @@ def _save(under: Underway, is_best: bool) -> list[Remark]:
     """Write a checkpoint on the first rank; say so if the disk does not take it. The others wait."""
     state, around = under.state, under.around
     around.beat(state.step, watchdog.SAVE)
-    state.losses = under.guard.history
+    state.losses = under.agreement.history
     state.saves += 1
     times = {
         "train_seconds": state.train_seconds + around.clock.train_seconds,

@@ -1,127 +1,195 @@
-"""What all ranks know together of each step: its loss, whether it may change the weights, who wants to stop or to save.
+"""What no command line and no configuration may hold: keys and passwords, names of things to build, boundless text.
 
-One all-reduce a step carries it. On the CPU it is read at once, before the optimizer's step. On CUDA it is read two
-steps later, on every rank for the same step, so that the host runs ahead of the device; until then the device itself
-holds the weights: from a bad step on, no optimizer step changes anything.
+Whatever is said on a command line or in a configuration is written down: in config.json, in Hydra's and submitit's
+files, in W&B's. A key has no place there, so a command line with one is refused before anything else is done.
 """
 
-import collections
-import math
-from typing import NamedTuple
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from dytrun.errors import UserError
 
-from dytrun.distributed import all_sum
+# Hydra's grammar takes four seconds a million characters.
+_MOST_CHARS = 10_000
+_MOST_FILE_CHARS, _MOST_NODES, _MOST_REFERENCES = 65_536, 10_000, 20
+_MOST_SAID = 1_000
 
-# Steps between the issue of a step on CUDA and the reading of its numbers.
-LAG = 2
-# A loss this many robust standard deviations above the median of the last ones is a spike.
-SPIKE_Z, _HISTORY, _ENOUGH = 10.0, 128, 32
-# A median's own uncertainty, in shares of it: a very even loss has hardly any deviation.
-_LEAST_SIGMA = 0.01
+# Words that name a secret; as parts of a name, so that `monkey` is none.
+_NAMED = re.compile(r"(?<![a-z])(api_?key|key|token|secret|passw(or)?d?|passphrase)s?(?![a-z])", re.IGNORECASE)
+# A model has key_dim and reg_tokens, and a site may be called so: among those only what can be nothing else.
+_NAMED_AMONG_FREE = re.compile(r"((api|access|auth|hf|hub|wandb)_?(key|token)|secret|passw)s?(?![a-z])", re.IGNORECASE)
+_FREE = re.compile(r"(model\.kwargs|norm)\b")
+# W&B's old, new and newest keys, and Hugging Face's; not a part of a path, as the hub's cache is full of 40 digits.
+_KEY = re.compile(
+    r"(?<![\w/.-])([0-9a-f]{40}|[0-9a-f]{86}|wandb_v\d+_\w{8,}|hf_[a-z0-9]{16,})(?![\w/.-])", re.IGNORECASE
+)
+# NAME=value, as in a line of shell; a value that the shell has yet to look up is none.
+_ASSIGNED = re.compile(rf"\w*{_NAMED.pattern}\w*=[\"']?(?![\"'$\s])\S", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+_LEAST_SECRET = 8
 
-
-class Wishes(NamedTuple):
-    """What one rank brings into a step besides its loss."""
-
-    stop: bool
-    save: bool
-    substituted: int
-    """Training images of this step that could not be read."""
-    unknown: int
-    """Of those, the ones that this rank did not know of."""
-
-
-class Verdict(NamedTuple):
-    """A step, the same on every rank."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    is_good: bool
-    """False where the loss or a gradient is not finite, or the loss is a spike at which to stop."""
-    is_spike: bool
-    stop: bool
-    save: bool
-    substituted: int
-    unknown: int
+_BUILDS = re.compile(r"(?<![A-Za-z0-9])_(target|partial|args|convert|recursive)_(?![A-Za-z0-9])")
+_KEEP_OUT = "keys and passwords come from the environment alone: set WANDB_API_KEY there, or run wandb login"
+_NO_HUB = "dytrun fetches nothing from a hub; say an architecture's name, and give weights with init_from=FILE"
+# What timm.create_model takes besides the model's own arguments, all of it to find weights.
+_FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
-class Guard:
-    """Judges the steps of one rank, together with the other ranks."""
+def check_arguments(args: Sequence[str]) -> None:
+    """Refuse a command line that holds a secret, builds something by its name, or is too long to be read.
 
-    def __init__(self, device: torch.device, lag: int, losses: list[float]):
-        """Take the losses of the last steps as `history` gives them; `lag` is 0 where the host may wait."""
-        self._lag = lag
-        self._losses = collections.deque(losses, maxlen=_HISTORY + LAG)
-        self._waiting: collections.deque[tuple[int, Tensor, torch.cuda.Event | None, float]] = collections.deque()
-        self.is_bad = torch.zeros((), device=device)
-        """1 on the device from the first bad step on."""
+    Raises:
+        UserError: all that is refused, without its value.
+    """
+    problems = []
+    for arg in args:
+        name, has_value, value = arg.lstrip("+~-").partition("=")
+        label = name if has_value and not _holds_key(name) and len(name) < 100 else "an argument"
+        if len(arg) > _MOST_CHARS:
+            problems.append(f"{label}: {len(arg):,} characters are too many; {_MOST_CHARS:,} are read")
+        elif "\0" in arg:
+            problems.append(f"{label}: it holds a zero byte; leave it out")
+        elif held := (has_value and _names_secret(name, value)) or _holds_key(arg) or _sets_secret(value):
+            problems.append(f"{label}: {held}; {_KEEP_OUT}")
+        elif built := _BUILDS.search(arg):
+            where = name if built[0] in name else f"{name}.{built[0]}"
+            problems.append(f"{where}: {built[0]} is refused; nothing is built from a name in a configuration")
+    if problems:
+        raise UserError(*problems)
 
-    @property
-    def history(self) -> list[float]:
-        """The last losses, for a checkpoint; complete after `take(everything=True)`."""
-        return list(self._losses)
 
-    def agree(self, loss: Tensor, wishes: Wishes) -> Tensor:
-        """Return (loss summed over the ranks, number of ranks that wish to stop, …) on the device: one all-reduce."""
-        mine = torch.zeros(1 + len(wishes), device=loss.device)
-        mine[0] = loss
-        for place, wish in enumerate(wishes, 1):
-            if wish:
-                mine[place].fill_(float(wish))  # from the host without waiting for the device
-        return all_sum(mine)
+def check_values(values: Any, prefix: str = "") -> None:
+    """Refuse a composed configuration that holds a secret or boundless text, or would fetch weights.
 
-    def put(self, step: int, loss: Tensor, counts: Tensor, norms: tuple[Tensor, bool], stop_at_spike: bool) -> None:
-        """Judge a step on the device.
+    Args:
+        values: plain and resolved.
+        prefix: dotted path of `values` in the configuration.
 
-        Args:
-            step: its number, from 0.
-            loss: mean over the ranks.
-            counts: the rest of what `agree` returned.
-            norms: gradient norm, and whether it must be finite.
-            stop_at_spike: whether a spike is bad.
-        """
-        grad_norm, must_be_finite = norms
-        limit = self._limit()
-        is_good = torch.isfinite(loss)
-        if must_be_finite:
-            is_good = is_good & torch.isfinite(grad_norm)
-        if stop_at_spike:
-            is_good = is_good & (loss <= limit)
-        self.is_bad = torch.where(is_good, self.is_bad, 1.0)
-        numbers = torch.cat([loss.reshape(1), grad_norm.reshape(1).float(), is_good.reshape(1).float(), counts])
-        event = None
-        if numbers.device.type == "cuda":
-            pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            numbers = pinned.copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting.append((step, numbers, event, limit))
+    Raises:
+        UserError: all that is refused, without its value where that is a secret.
+    """
+    problems = []
+    for path, text in _texts(values, prefix):
+        if held := _holds_key(text) or _sets_secret(text):
+            problems.append(f"{path}: {held}; {_KEEP_OUT}")
+        elif len(text) > _MOST_CHARS:
+            problems.append(f"{path}: {len(text):,} characters are too many; {_MOST_CHARS:,} are read")
+        elif re.match(r"(data\.root|init_from|init_part|model\.kwargs)\b", path) and not text.isprintable():
+            problems.append(f"{path}: {text!r} holds a line break or another character that cannot be printed")
+    kwargs = (values.get("model") or {}).get("kwargs") if isinstance(values, Mapping) and not prefix else None
+    if isinstance(kwargs, Mapping):
+        problems += [f"model.kwargs.{name}: {_NO_HUB}" for name in _FETCHING if name in kwargs]
+    if problems:
+        raise UserError(*problems)
 
-    def take(self, everything: bool = False) -> list[Verdict]:
-        """Return the steps that are due to be read, in order; `everything` waits for the device."""
-        found = []
-        while len(self._waiting) > (0 if everything else self._lag):
-            step, numbers, event, limit = self._waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            loss, grad_norm, is_good, stop, save, substituted, unknown = numbers.tolist()
-            self._losses.append(loss)
-            found.append(Verdict(step, loss, grad_norm, bool(is_good), loss > limit, stop > 0, save > 0,
-                                 int(substituted), int(unknown)))  # fmt: skip
-        return found
 
-    def _limit(self) -> float:
-        """Return the loss above which the coming step is a spike: from losses that are known at any lag."""
-        known = np.array(self._losses)
-        # The newest ones may be known or not, on CUDA; to be the same when taken up again they are left out.
-        known = known[: len(known) - max(0, self._lag - len(self._waiting))][-_HISTORY:]
-        known = known[np.isfinite(known)]
-        if len(known) < _ENOUGH:
-            return math.inf
-        middle = float(np.median(known))
-        sigma = 1.4826 * float(np.median(np.abs(known - middle)))
-        return middle + SPIKE_Z * max(sigma, _LEAST_SIGMA * abs(middle))
+def check_yaml(text: str, path: str) -> None:
+    """Refuse a file of a user's configuration that is too large, or becomes so when its aliases are followed.
+
+    Raises:
+        UserError: it is, or it is no YAML.
+    """
+    import yaml
+
+    if len(text) > _MOST_FILE_CHARS:
+        raise UserError(f"{path}: {len(text):,} characters are too many for a configuration; {_MOST_FILE_CHARS:,} "
+                        "are read")  # fmt: skip
+    if (count := text.count("${")) > _MOST_REFERENCES:
+        raise UserError(f"{path}: {count} references are too many; {_MOST_REFERENCES} are followed")
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node | None) -> float:
+        """Count the nodes below one, each alias in full; one that holds itself has no end."""
+        if id(node) not in sizes:
+            sizes[id(node)] = float("inf")
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1.0 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    try:
+        if size(yaml.compose(text, Loader=yaml.SafeLoader)) > _MOST_NODES:
+            raise UserError(f"{path}: its aliases stand for more than {_MOST_NODES:,} values; write out what is needed")
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())}); mend it") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; write it flatter") from None
+
+
+def hub_problem(name: Any) -> str | None:
+    """Return what is wrong with a model's name if it is that of a place to fetch from, else None."""
+    if isinstance(name, str) and re.match(r"[\w-]*[:/]", name):
+        return f"model.name: {name[:100]!r} is no architecture; {_NO_HUB}"
+    return None
+
+
+def printable(text: str) -> str:
+    """Return a message as one line, with the secrets of the environment struck out."""
+    for name, value in _secrets().items():
+        text = text.replace(value, f"<{name}>")
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda mark: repr(mark[0])[1:-1], text)
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+
+
+def struck(text: str) -> str:
+    """Return a text of several lines with the secrets of the environment struck out."""
+    return "\n".join(printable(line) for line in text.splitlines())
+
+
+def build_names(values: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (dotted path, key, value) of all that tells Hydra to build something."""
+    for key, value in _items(values):
+        here = f"{path}.{key}"
+        if _BUILDS.fullmatch(str(key)):
+            yield here, str(key), str(value)
+        yield from build_names(value, here)
+
+
+def _names_secret(key: str, value: str) -> str:
+    """Say whether a key, or one of a mapping that is its value, is called like a secret; nothing if not."""
+    pattern = _NAMED_AMONG_FREE if _FREE.match(key) else _NAMED
+    inner = re.findall(r"[{,]\s*[\"']?([\w.-]+)[\"']?\s*:", value)
+    return "it is called like a secret" if any(pattern.search(name) for name in (key, *inner)) else ""
+
+
+def _holds_key(text: str) -> str:
+    """Say what is secret in a text; nothing if nothing is."""
+    for name, value in _secrets().items():
+        if value in text:
+            return f"it holds the value of the environment's {name}"
+    return "it holds what looks like a key" if _KEY.search(text) else ""
+
+
+def _sets_secret(text: str) -> str:
+    """Say that a text is a line of shell which sets a secret; nothing if it is not."""
+    return "it sets what is called like a secret" if _ASSIGNED.search(text) else ""
+
+
+def _secrets() -> dict[str, str]:
+    """Return the variables of the environment that are called like secrets; a path to one is none."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name)
+        and len(value) >= _LEAST_SECRET
+        and not (value.startswith("/") and os.path.exists(value))
+    }
+
+
+def _texts(values: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield (dotted path, text) of every text, names of keys included."""
+    if isinstance(values, str):
+        yield path, values
+    for key, value in _items(values):
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(key, str):
+            yield path or "a key", key
+        yield from _texts(value, here)
+
+
+def _items(values: Any) -> list[tuple[Any, Any]]:
+    if isinstance(values, Mapping):
+        return list(values.items())
+    return list(enumerate(values)) if isinstance(values, list | tuple) else []

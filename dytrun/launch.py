@@ -172,7 +172,6 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
     machine: what counts is the first one's, and where that one writes.
     """
     from dytrun import distributed, run
-    from dytrun.engine import Interrupted
 
     with contextlib.ExitStack() as held, Stop().listening() as stop, run.joined_session(config) as place:
 
@@ -185,10 +184,9 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
 
         done, text, directory = distributed.from_first(decided)
         if done is None:
-            try:
-                run.train_here(RunConfig.model_validate_json(text), Path(directory), place, stop)
-            except Interrupted as error:
-                raise ranks.Stopped(str(error)) from None
+            said = run.train_here(RunConfig.model_validate_json(text), Path(directory), place, stop)
+            if said is not None:
+                raise ranks.Stopped(said)
         return distributed.from_first(lambda: done or RunResult.load(Path(directory) / "result.json"))
 
 
@@ -220,14 +218,12 @@ def replay(config: ReplayConfig) -> dict[str, Any] | None:
     """
     ranks.warm_up()
     from dytrun import machine, run
-    from dytrun.replay import is_reproduced
 
     directory = Path(config.dir)
     run.load_config(directory)
     _, world = machine.resolve_devices(config.devices)
     args = (str(directory.resolve()), config.model_dump_json())
-    found = run.replay_rank(*args) if is_joined() else ranks.start_ranks(run.replay_rank, args, world)
-    return found and found | {"is_reproduced": is_reproduced(found)}
+    return run.replay_rank(*args) if is_joined() else ranks.start_ranks(run.replay_rank, args, world)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
     mine = {"rank": place.rank, "loss": float(loss), "images": [batch.indices.tolist() for batch in batches],
             "images_not_finite": watch.images, "first_module": watch.module}  # fmt: skip
     ranks = gather(mine)
-    return {
+    seen = {
         "step": step,
         "recorded": found["numbers"],
         "loss": sum(one["loss"] for one in ranks) / place.world,
@@ -109,9 +109,10 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
         "ranks": ranks,
         "gradients": {name: norms[name] for name in worst[:_MOST]},
     }
+    return seen | {"is_reproduced": _is_reproduced(seen)}
 
 
-def is_reproduced(found: Mapping[str, Any]) -> bool:
+def _is_reproduced(found: Mapping[str, Any]) -> bool:
     """Whether a step done again has the loss that was recorded, on the same images."""
     before, now = found["recorded"].get("loss"), found["loss"]
     if before is None or not math.isfinite(before) or not math.isfinite(now):

@@ -50,13 +50,8 @@ def train_rank(run_dir: str) -> str | None:
     """Train the run of `run_dir` on this rank, which `launch` has started for it; say if it was stopped, and where."""
     note = os.environ.get("DYTRUN_STOP_NOTE")
     config = load_config(Path(run_dir))
-    with Stop(Path(note) if note else None).listening() as stop:
-        try:
-            with joined_session(config) as place:
-                train_here(config, Path(run_dir), place, stop)
-        except Interrupted as error:
-            return str(error)
-    return None
+    with Stop(Path(note) if note else None).listening() as stop, joined_session(config) as place:
+        return train_here(config, Path(run_dir), place, stop)
 
 
 def joined_session(config: RunConfig) -> AbstractContextManager[Place]:
@@ -65,14 +60,21 @@ def joined_session(config: RunConfig) -> AbstractContextManager[Place]:
     return session(devices, config.machine.collective_timeout_s)
 
 
-def train_here(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None:
+def train_here(config: RunConfig, directory: Path, place: Place, stop: Stop) -> str | None:
     """Train a run on this rank, from its last checkpoint if it has one; rank 0 writes the files.
 
-    When it returns, on any rank, result.json is there.
-
-    Raises:
-        Interrupted: a rank was told to stop; on every rank, when the checkpoint is written.
+    Returns:
+        None, on any rank, when result.json is there. If a rank was told to stop: by what, and where the run can be
+        taken up again.
     """
+    try:
+        _train(config, directory, place, stop)
+    except Interrupted as error:
+        return str(error)
+    return None
+
+
+def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None:
     machine.prepare_torch(config.machine, place.device)
     data = load_data(config.data)
     plan = optim.plan_steps(config, len(data.train.labels), place.world)

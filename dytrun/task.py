@@ -18,8 +18,9 @@ from typing import Any, Literal, NoReturn
 
 from dytrun import compose
 from dytrun.errors import UserError, first_line
+from dytrun.stop import STOPPED
 
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 Ending = Literal["finished", "planned", "diverged", "failed", "refused", "stopped"]
 

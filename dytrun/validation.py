@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dytrun.errors import UserError
+from dytrun.guard import hub_problem
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -82,6 +83,9 @@ def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
     path = error["path"]
     if re.fullmatch(r".*\b_\w+_", path):
         return  # named already, as an instantiation key
+    if path == "model.name" and (said := hub_problem(error["input"])):
+        yield said
+        return
     if error["type"] == "string_pattern_mismatch" and path.startswith("norm."):
         where = path.removesuffix(".[key]").removesuffix(f".{error['input']}")
         yield (f"{where}: {error['input']!r} is no site pattern; say a role, a class name or a glob over the dotted "

@@ -68,7 +68,7 @@ class Bench:
         for _ in range(count):
             optim.set_lr(self.state.optimizer, optim.lr_at(self.state.step, self.config.optim, self.plan))
             found += engine.train_step(under)
-        return found + under.guard.take(everything=True)
+        return found + under.agreement.take(everything=True)
 
     def stop(self, at: int) -> None:
         """Train until a signal comes in the step after `at`, and save."""

@@ -19,29 +19,40 @@ FILES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"commands", "compose", "errors", "owner", "pool", "slurm", "task", "usage", "validation"},
-    "compose": {"config", "errors", "usage", "validation"},
-    "task": {"commands", "compose", "errors", "launch", "ranks", "records", "terminal"},
+    "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "stop", "task", "usage", "validation"},
+    "compose": {"config", "errors", "guard", "usage", "validation"},
+    "task": {"commands", "compose", "errors", "launch", "ranks", "records", "stop", "terminal"},
     "board": {"task", "terminal"},
-    "pool": {"board", "launcher_config", "machine", "ranks", "task"},
-    "slurm": {"board", "errors", "launcher_config", "ranks", "task", "terminal"},
+    "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
+    "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
     "commands": {"config", "launch", "owner", "records", "report", "task", "terminal"},
     "usage": set(),
     "config": {"digest", "norm_config"},
     "norm_config": set(),
     "launcher_config": {"norm_config", "validation"},
     "digest": {"errors"},
-    "validation": {"errors"},
+    "validation": {"errors", "guard"},
+    "guard": {"errors"},
     "records": set(),
-    "launch": {"config", "owner", "records", "plan", "ranks", "run", "distributed", "machine", "errors"},
+    "launch": {
+        "checkpoint", "config", "owner", "records", "plan", "ranks", "run", "distributed", "machine", "errors", "stop",
+        "terminal",
+    },
+    "stop": set(),
     "owner": {"config", "errors", "records", "terminal"},
-    "ranks": {"errors", "machine"},
+    "ranks": {"errors", "machine", "stop"},
     "plan": {
         "arm", "augment", "config", "convert", "machine", "model", "optim", "sites", "sources", "warmstart",
     },
     "run": {
-        "arm", "checkpoint", "config", "data", "distributed", "engine", "errors", "evaluate", "machine", "model",
-        "norm", "optim", "records", "sources", "terminal", "throughput", "tracking", "validation", "warmstart",
+        "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate", "machine",
+        "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
+        "throughput", "tracking", "validation", "warmstart", "watchdog",
+    },
+    "resume": {"checkpoint", "config", "distributed", "errors", "machine", "optim", "owner", "sources"},
+    "replay": {
+        "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "optim", "records",
+        "sources",
     },
     "arm": {"augment", "config", "convert", "data", "model", "sites"},
     "warmstart": {
@@ -50,8 +61,15 @@ MAY_IMPORT = {
     },
     "weights": {"checkpoint", "errors", "norm"},
     "calibrate": {"errors", "norm"},
-    "engine": {"batch", "config", "records", "optim", "evaluate", "throughput", "checkpoint", "distributed"},
-    "evaluate": {"batch", "records", "distributed"},
+    "engine": {
+        "agreement", "batch", "checkpoint", "compute", "config", "distributed", "errors", "evaluate", "optim",
+        "records", "state", "throughput", "watchdog",
+    },
+    "agreement": {"distributed"},
+    "compute": {"batch", "config", "distributed"},
+    "state": {"checkpoint", "config", "distributed", "errors", "optim", "throughput"},
+    "watchdog": {"distributed"},
+    "evaluate": {"batch", "distributed", "errors", "records"},
     "batch": set(),
     "data": {"config", "augment", "batch", "images", "sources", "errors"},
     "images": {"errors"},
@@ -87,11 +105,13 @@ WITHOUT_TORCH = {
     "cli",
     "compose",
     "task",
+    "stop",
     "board",
     "slurm",
     "launcher_config",
     "usage",
     "commands",
+    "guard",
     "owner",
     "validation",
     "config",
@@ -164,7 +184,7 @@ def test_the_command_line_imports_nothing_heavy_at_its_top():
         top = imports(ast.parse((PACKAGE / f"{name}.py").read_text()), everywhere=False)
         assert not {name.split(".")[0] for name in top} & {"hydra", "omegaconf", "pydantic", "torch", "rich", "numpy"}
         waiting |= {found.split(".")[1] for found in top if found.startswith("dytrun.")} - seen
-    assert seen == {"cli", "compose", "errors", "task", "usage"}
+    assert seen == {"cli", "compose", "errors", "guard", "task", "usage"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from dytrun import distributed, ranks
 from dytrun.errors import UserError
+from dytrun.records import RunResult
 
 pytestmark = pytest.mark.slow
 
@@ -85,3 +88,23 @@ def test_ranks_that_cannot_meet_say_why(tmp_path: Path, env, said):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_at_once_on_one_machine_do_not_meet(tmp_path: Path):
+    """Each finds ports of its own, whatever another program has left in the environment."""
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        stale = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(busy.getsockname()[1])}
+        command = [sys.executable, "-m", "dytrun", "train", *TINY, "machine.devices=2"]
+        both = [
+            subprocess.Popen([*command, f"seed={seed}"], env=os.environ | stale, stderr=subprocess.PIPE, text=True)
+            for seed in (0, 1)
+        ]
+        errors = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    results = [RunResult.load(path) for path in sorted(tmp_path.glob("runs/*/result.json"))]
+    assert [(result.seed, result.status, result.ranks) for result in results] == [
+        (0, "finished", 2),
+        (1, "finished", 2),
+    ]

@@ -13,6 +13,7 @@ from conftest import TINY, dytrun, only, processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from submitit.slurm.slurm import _make_sbatch_string
+from test_security import CANARIES, leaks
 
 from dytrun import slurm
 from dytrun.data import epoch_order
@@ -176,6 +177,22 @@ def test_what_sbatch_refuses_is_one_line(cluster, tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "Invalid partition name specified" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_no_key_of_the_environment_is_in_any_file_of_a_sweep(cluster, tmp_path):
+    """Neither in the batch script nor in what submitit pickles; sbatch itself hands the environment on.
+
+    One run is refused, so that all files of the sweep are kept.
+    """
+    runs = ["tracking.mode=offline", "norm=dyt", "global_batch=32,2000"]
+    done = dytrun("train", "-m", *TINY, *SLURM, *runs, env=cluster.env | CANARIES)
+    assert done.returncode == 2, done.stderr
+    for pattern in ("*_submission.sh", "*/*_submitted.pkl", "*/*_result.pkl", "*/*_log.out"):
+        assert list(tmp_path.glob(f"runs/.sweeps/*/jobs/{pattern}")) or list(
+            tmp_path.glob(f"runs/.sweeps/*/jobs/*/{pattern}")
+        ), pattern
+    assert list(tmp_path.glob("runs/*/wandb/*/*.wandb"))
+    assert not leaks(tmp_path)
 
 
 @pytest.mark.parametrize(
