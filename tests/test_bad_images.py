@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -162,18 +163,20 @@ def test_a_bomb_takes_no_memory_and_nothing_is_printed(tmp_path):
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09\x00\x12\x01"  # its directory says nine entries, and ends
     broken = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
     (tmp_path / "exif.jpg").write_bytes(broken)
+    (tmp_path / "header.jpg").write_bytes(JPEG[:200])
     code = (
         "import resource\n"
         "from dytrun.images import Unreadable, read_image\n"
         "print(read_image('exif.jpg').size)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: read_image('bomb.png')\n"
-        "except Unreadable as error: print(error.why)\n"
+        "for name in ('bomb.png', 'header.jpg'):\n"
+        "    try: read_image(name)\n"
+        "    except Unreadable as error: print(error.why)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2000)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     said = done.stdout.splitlines()
-    assert (said[0], said[2], done.stderr) == ("(48, 40)", "True", "")
+    assert (said[0], said[2:], done.stderr) == ("(48, 40)", [NO_IMAGE, "True"], "")
     assert said[1].startswith("Image size (89491600 pixels) exceeds limit of 89478485 pixels")
 
 
