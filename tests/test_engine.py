@@ -11,6 +11,7 @@ from conftest import tiny
 
 from dytrun import engine, optim
 from dytrun.arm import build_arm
+from dytrun.batch import Batch
 from dytrun.checkpoint import Store
 from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.distributed import Place
@@ -153,7 +154,7 @@ def test_a_value_that_is_not_finite_never_reaches_the_weights(tmp_path, poison):
     before: list[dict] = []
 
     def micros():
-        for number, (images, labels, indices) in enumerate(clean):
+        for number, (images, labels, indices, _) in enumerate(clean):
             if number == 5:
                 before.append(weights(bench.state.model))
                 if poison == "image":
@@ -162,7 +163,7 @@ def test_a_value_that_is_not_finite_never_reaches_the_weights(tmp_path, poison):
                     hook = bench.state.model.head.weight.register_hook(lambda grad: grad * float("inf"))
             if number == 6 and poison == "gradient":
                 hook.remove()
-            yield images, labels, indices
+            yield Batch(images, labels, indices)
 
     with pytest.raises(Diverged, match="not finite at step 5"):
         list(fit(bench.config, bench.state, bench.around(micros())))
