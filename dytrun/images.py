@@ -132,6 +132,6 @@ def _open_at_once(path: str, flags: int) -> int:
 
 @functools.cache
 def _heed_warnings() -> None:
-    """Make Pillow's warning of a decompression bomb an error, and have it say nothing of broken EXIF, unused here."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(TiffImagePlugin|JpegImagePlugin)")
+    """Make Pillow's warning of a decompression bomb an error, and let it say nothing of broken EXIF, unused here."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)

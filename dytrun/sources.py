@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
     def part(self, chosen: Int[np.ndarray, "k"]) -> "Split":
         """Return some of the images, by their indices, in that order."""
-        paths = [self.paths[index] for index in chosen] if self.paths else ()
+        paths = [self.paths[int(index)] for index in chosen] if self.paths else []
         return Split(self.labels[chosen], lambda index: self.image(int(chosen[index])), paths, self.folder)
 
     def class_folder(self, index: int) -> str:

@@ -42,25 +42,28 @@ class Watchdog:
         """
         self._place, self._folder, self._timeout_s = place, folder, timeout_s
         self._end = end or _end
-        self._at: float | None = None
+        self._at = 0.0
         self._step, self._what = 0, COMPUTE
-        self._closed = threading.Event()
+        self._closed, self._is_watched = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, daemon=True, name="dytrun-watchdog")
         if place.is_first and folder.is_dir():
             for path in folder.iterdir():
                 path.unlink()
 
     def __enter__(self) -> "Watchdog":
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def beat(self, step: int, what: str) -> None:
         """Say that this rank has come to a part of a step."""
         self._step, self._what, self._at = step, what, time.monotonic()
+        if not self._is_watched:  # not before: loader processes are forked, and a fork would tear a thread
+            self._is_watched = True
+            self._thread.start()
 
     def _watch(self) -> None:
         every_s = min(1.0, self._timeout_s / 4)
@@ -68,14 +71,11 @@ class Watchdog:
         last_resort = self._timeout_s + 2 * _ANSWER_S
         while not self._closed.wait(every_s):
             faulthandler.dump_traceback_later(last_resort, exit=True)
-            at = self._at
-            if at is not None and time.monotonic() - at > self._timeout_s:
-                break
-            if at is not None and self._folder.is_dir() and any(self._folder.glob("rank-*.json")):
+            if time.monotonic() - self._at > self._timeout_s or any(self._folder.glob("rank-*.json")):
                 break
         faulthandler.cancel_dump_traceback_later()
         if not self._closed.is_set():
-            self._report(time.monotonic() - (self._at or 0.0))
+            self._report(time.monotonic() - self._at)
 
     def _report(self, still_s: float) -> None:
         self._folder.mkdir(exist_ok=True)

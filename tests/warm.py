@@ -88,7 +88,7 @@ class Job:
 
     def said(self) -> str:
         """What it has printed."""
-        return self._log.read_text()
+        return self._log.read_text() if self._log.exists() else "nothing"
 
     @property
     def is_gone(self) -> bool:
@@ -142,8 +142,9 @@ def _serve() -> None:
     for line in sys.stdin:
         log, *args = json.loads(line)
         pid = os.fork()
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # whoever is first
+            os.setpgid(pid, pid)
         if pid == 0:
-            os.setsid()
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for stream in (1, 2):
                 os.dup2(descriptor, stream)
