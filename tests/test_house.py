@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "task", "usage", "validation"},
-    "compose": {"config", "errors", "guard", "usage", "validation"},
+    "compose": {"config", "errors", "guard", "hydra_settings", "usage", "validation"},
     "task": {"commands", "compose", "errors", "launch", "ranks", "records", "terminal"},
     "board": {"task", "terminal"},
     "pool": {"board", "launcher_config", "machine", "ranks", "task"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "digest": {"errors"},
     "validation": {"errors", "guard"},
     "guard": {"errors"},
+    "hydra_settings": {"errors", "guard", "usage"},
     "records": set(),
     "launch": {"config", "owner", "records", "plan", "ranks", "run", "distributed", "machine", "errors"},
     "owner": {"config", "errors", "records", "terminal"},
@@ -75,8 +76,8 @@ MAY_IMPORT = {
 }  # fmt: skip
 ONLY_IN = {
     "hydra_plugins": {"slurm"},
-    "hydra": {"cli", "compose", "pool", "slurm", "task"},
-    "omegaconf": {"compose"},
+    "hydra": {"cli", "compose", "hydra_settings", "pool", "slurm", "task"},
+    "omegaconf": {"compose", "hydra_settings"},
     "submitit": {"launch", "slurm"},
     "wandb": {"tracking"},
 }
@@ -90,6 +91,7 @@ WITHOUT_TORCH = {
     "usage",
     "commands",
     "guard",
+    "hydra_settings",
     "owner",
     "validation",
     "config",
