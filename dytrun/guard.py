@@ -129,7 +129,7 @@ def printable(text: str) -> str:
     """Return a message as one line, with the secrets of the environment struck out."""
     for name, value in _secrets().items():
         text = text.replace(value, f"<{name}>")
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda mark: repr(mark[0])[1:-1], text)
+    text = "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text[: _MOST_SAID + 1])
     return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 

@@ -30,6 +30,8 @@ from dytrun.stop import SIGNALS, STOPPED, ignored, passed_on
 
 # What stands in the traceback of a rank that fails because another has.
 _LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
+# How often it is looked after the ranks, and how long the others may still speak when one has gone.
+_LOOK_S, _LAST_WORDS_S = 0.2, 1.0
 # Longer than the launcher takes to see that a rank has died, and to end the others.
 GRIEF_S = 8.0
 
@@ -137,26 +139,53 @@ def _start_method() -> str:
 @contextlib.contextmanager
 def _gateway(folder: Path, is_stoppable: bool) -> Iterator[str]:
     """Stand between signals and the ranks; give the file in which the ranks look whether they are to stop."""
-    from torch.distributed.elastic.multiprocessing import api
-
-    # When a rank has failed the others have nothing left to save: torchelastic would ask them to leave, which they
-    # take for a wish to stop, and wait half a minute for one that is stuck.
-    if hasattr(api, "_get_default_signal"):
-        setattr(api, "_get_default_signal", lambda: signal.SIGKILL)
-    if not is_stoppable:
-        yield ""
-        return
+    is_over = threading.Event()
+    undertaker = threading.Thread(target=_end_with_the_first, args=(folder, is_over), daemon=True)
+    undertaker.start()
     note = folder / "stop"
-    with passed_on(note, "the step under way is finished and saved; again to leave at once"):
-        yield str(note)
+    say = "the step under way is finished and saved; again to leave at once"
+    try:
+        with passed_on(note, say) if is_stoppable else contextlib.nullcontext():
+            yield str(note)
+    finally:
+        is_over.set()
+        undertaker.join()
+
+
+def _end_with_the_first(folder: Path, is_over: threading.Event) -> None:
+    """End the other ranks when one has gone without being done.
+
+    torchelastic asks them to leave, which one that trains takes for a wish to stop, and waits half a minute for it.
+    """
+    while not is_over.wait(_LOOK_S):
+        ranks = {path.stem: int(path.read_text() or 0) for path in folder.glob("*.pid")}
+        left = {name: pid for name, pid in ranks.items() if not (folder / f"{name}.done").exists()}
+        if any(pid and not _is_alive(pid) for pid in left.values()):
+            time.sleep(_LAST_WORDS_S)
+            for pid in left.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _rank(launcher: int, note: str, entry: Callable[..., Any], *args: Any) -> Any:
     """Run `entry` in a process that ends with its launcher, however that ends."""
     os.environ["DYTRUN_STOP_NOTE"] = note
+    place = Path(note).with_name(os.environ["RANK"])
+    place.with_suffix(".pid").write_text(str(os.getpid()))
     _bind_to(launcher, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, {Path(args[0]).name}")
     try:
-        return entry(*args)
+        found = entry(*args)
+        place.with_suffix(".done").touch()
+        return found
     except Exception:
         # A rank that another has left is told so at once, and would be first to say it. It waits to be ended.
         if lost_peer(traceback.format_exc()):

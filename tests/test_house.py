@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "stop", "task", "usage", "validation"},
-    "compose": {"config", "errors", "guard", "usage", "validation"},
+    "compose": {"config", "errors", "guard", "hydra_settings", "usage", "validation"},
     "task": {"commands", "compose", "errors", "launch", "ranks", "records", "stop", "terminal"},
     "board": {"task", "terminal"},
     "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "digest": {"errors"},
     "validation": {"errors", "guard"},
     "guard": {"errors"},
+    "hydra_settings": {"errors", "guard", "usage"},
     "records": set(),
     "launch": {
         "checkpoint", "config", "owner", "records", "plan", "ranks", "run", "distributed", "machine", "errors", "stop",
@@ -96,8 +97,8 @@ MAY_IMPORT = {
 }  # fmt: skip
 ONLY_IN = {
     "hydra_plugins": {"slurm"},
-    "hydra": {"cli", "compose", "pool", "slurm", "task"},
-    "omegaconf": {"compose"},
+    "hydra": {"cli", "compose", "hydra_settings", "pool", "slurm", "task"},
+    "omegaconf": {"compose", "hydra_settings"},
     "submitit": {"launch", "slurm"},
     "wandb": {"wandb_link"},
 }
@@ -112,6 +113,7 @@ WITHOUT_TORCH = {
     "usage",
     "commands",
     "guard",
+    "hydra_settings",
     "owner",
     "validation",
     "config",
