@@ -12,7 +12,6 @@ from conftest import tiny
 
 from dytrun import engine, optim
 from dytrun.arm import build_arm
-from dytrun.batch import Batch
 from dytrun.checkpoint import Store
 from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.distributed import Place

@@ -132,11 +132,8 @@ def chosen(seed: int) -> random.Random:
 
 
 def _serve() -> None:
-    import dytrun.commands
-    import dytrun.plan
-    import dytrun.pool
-    import dytrun.run
     import torch.distributed.launcher.api  # noqa: F401
+
     from dytrun import cli, ranks
 
     for line in sys.stdin:
