@@ -235,6 +235,8 @@ def _first_cause(logs: Path) -> Exception | None:
     A rank that fails makes the others fail in their next collective; torchelastic reports whichever it sees first,
     so the one that did not fail for want of another is looked for.
     """
+    if (logs / "hang").is_file():  # as the ranks' watchdogs left it
+        return Failed((logs / "hang").read_text())
     found: list[tuple[int, int, str, str, str]] = []
     for path in logs.glob("**/error.json"):
         message = json.loads(path.read_text())["message"]

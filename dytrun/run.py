@@ -26,7 +26,7 @@ from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.compute import autocast
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
-from dytrun.data import RankShare, ValBatches, train_batches
+from dytrun.data import RankShare, ValBatches, end_loaders, train_batches
 from dytrun.distributed import Place, barrier, from_first, session
 from dytrun.engine import Diverged, Interrupted, Surroundings, evaluate_state, fit
 from dytrun.errors import UserError
@@ -71,6 +71,8 @@ def train_here(config: RunConfig, directory: Path, place: Place, stop: Stop) -> 
         _train(config, directory, place, stop)
     except Interrupted as error:
         return str(error)
+    finally:
+        end_loaders()
     return None
 
 
@@ -170,6 +172,7 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
             if part in saved.tensors:
                 model.load_state_dict(saved.tensors[part])
                 found[label] = evaluate(model, val(), len(data.val.labels), autocast(config, place.device))
+        end_loaders()
     return {"step": saved.step, "accuracy": found} if place.is_first else None
 
 

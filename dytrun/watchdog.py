@@ -37,8 +37,8 @@ class Watchdog:
     def __init__(self, place: Place, folder: Path, timeout_s: float, end: Callable[[str], None] | None = None):
         """Take a place, a folder that all ranks see, and the seconds without a beat after which the run ends.
 
-        `end` is called with what is to be said; None: it is handed to torchelastic if that has started this process,
-        else printed, and the process ends with exit code 1.
+        `end` is called with what is to be said; None: it is left to this machine's launcher to say, or printed where
+        that is another's, and the process ends with exit code 1.
         """
         self._place, self._folder, self._timeout_s = place, folder, timeout_s
         self._end = end or _end
@@ -119,15 +119,11 @@ def _reports(folder: Path) -> dict[int, dict]:
     return {one["rank"]: one for one in found}
 
 
-class Hang(RuntimeError):
-    """A rank has not moved for too long."""
-
-
 def _end(said: str) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(Hang(said))
+    if note := os.environ.get("DYTRUN_STOP_NOTE"):  # the launcher is here, and says it
+        partial = Path(note).with_name(f"hang.{os.getpid()}")
+        partial.write_text(said)
+        partial.replace(Path(note).with_name("hang"))
     else:
         sys.stderr.write(f"dytrun: {said}\n")
         sys.stderr.flush()

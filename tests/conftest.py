@@ -115,6 +115,11 @@ def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return act
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Return the images of a split, sorted."""
+    return sorted(folder.glob("*/*.jpg"))
+
+
 def lines(run_dir: Path) -> list[dict]:
     """Return the records of a run."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "watchdog": {"distributed"},
     "evaluate": {"batch", "distributed", "errors", "records"},
     "batch": set(),
-    "data": {"config", "augment", "batch", "images", "sources", "errors"},
+    "data": {"config", "augment", "batch", "images", "sources", "errors", "stop"},
     "images": {"errors"},
     "sources": {"config", "images", "errors"},
     "augment": {"config"},

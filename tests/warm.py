@@ -24,6 +24,9 @@ from dytrun.records import RunResult
 class Warm:
     """The process that forks; a context manager."""
 
+    def __init__(self) -> None:
+        self._last: Job | None = None
+
     def __enter__(self) -> "Warm":
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -37,9 +40,13 @@ class Warm:
 
     def start(self, log: Path, *args: str) -> "Job":
         """Start `dytrun ARGS` with its output in `log`."""
+        if self._last is not None and self._last.code is None:  # its test has failed
+            self._last.kill()
+            self._last.wait()
         self._process.stdin.write(json.dumps([str(log), *args]) + "\n")
         self._process.stdin.flush()
-        return Job(self._process, int(self._process.stdout.readline()), log)
+        self._last = Job(self._process, int(self._process.stdout.readline()), log)
+        return self._last
 
     def run(self, log: Path, *args: str) -> "Job":
         """Run `dytrun ARGS` to its end."""
@@ -65,7 +72,8 @@ class Job:
 
     def kill(self) -> None:
         """End every process of it, at once."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def find(self, title: str, timeout_s: float = 60) -> int:
         """Return its process of that title, once there is one."""
