@@ -11,51 +11,37 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, alive_in_group, dytrun, lines, only, processes, wait_for_title
+from conftest import TINY, alive_in_group, only, processes
+from warm import Warm, essence, step_of
 
 from dytrun.records import RunResult
 
 pytestmark = pytest.mark.slow
 
-RUN = (*TINY, "norm=dyt", "epochs=40", "ema=on", "augment=light", "model.drop_path=0.1", "machine.devices=2",
+RUN = ("train", *TINY, "norm=dyt", "epochs=20", "ema=on", "augment=light", "model.drop_path=0.1", "machine.devices=2",
        "machine.workers=1", "global_batch=64", "tracking.log_every_steps=10")  # fmt: skip
 
 
-def start(*args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dytrun", "train", *args]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
-
-
-def wait_for_step(directory: Path, step: int, timeout_s: float = 90) -> None:
-    """Return when the one run under a directory has written down a step."""
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        for path in directory.glob("*/metrics.jsonl"):
-            if any(record["step"] >= step for record in lines(path.parent)):
-                return
-        time.sleep(0.05)
-    raise TimeoutError(f"no step {step} in {directory}")
-
-
-def essence(directory: Path) -> tuple:
-    """What must be the same of two runs: files of the last checkpoint, result and metrics, without times."""
-    run = only(directory)
-    result = RunResult.load(run / "result.json")
-    newest = max((run / "checkpoints").glob("step-*"))
-    files = {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
-    records = [{name: value for name, value in one.items() if not name.startswith("perf/")} for one in lines(run)]
-    kept = result.status, result.top1, result.ema_top1, result.best_epoch, result.weights_sha256, result.alpha
-    return newest.name, files, kept, records, (run / "correct.npz").read_bytes()
+@pytest.fixture(scope="module")
+def warm():
+    with Warm() as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple:
+def whole(warm, tmp_path_factory) -> dict:
     """The run that nobody disturbs."""
     directory = tmp_path_factory.mktemp("whole")
-    done = dytrun("train", *RUN, f"runs_dir={directory}", env={"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    job = warm.run(directory / "log", *RUN, f"runs_dir={directory}")
+    assert job.code == 0, job.said()
     return essence(directory)
+
+
+def start(directory: Path) -> subprocess.Popen[str]:
+    """Start the command as a shell does: a process group of its own, with a server that the ranks are forked from."""
+    command = [sys.executable, "-m", "dytrun", *RUN, f"runs_dir={directory}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
 
 def ended(run: subprocess.Popen[str], within_s: float = 15) -> str:
@@ -70,63 +56,82 @@ def ended(run: subprocess.Popen[str], within_s: float = 15) -> str:
     return err
 
 
-def rank_of(run: subprocess.Popen[str], rank: int) -> int:
-    return wait_for_title(f"dytrun: rank {rank} of 2", run.pid)
+def stopped_at(said: str, number: signal.Signals) -> int:
+    """Return the step after which a run says that it was stopped."""
+    assert said.count(f"stopped by {number.name} after step ") == 1, said
+    assert "; its checkpoint is written\n" in said
+    assert said.endswith("dytrun: type the command again to go on from the last checkpoint\n")
+    return int(said.partition(f"by {number.name} after step ")[2].partition(";")[0])
 
 
-def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, whole):
-    runs = tmp_path / "runs"
+def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(warm, whole, tmp_path):
+    runs, stops = tmp_path / "runs", [0]
     ways = [
         (25, "launcher", signal.SIGTERM),
         (70, "group", signal.SIGINT),  # a terminal's Ctrl-C
         (150, "rank 1", signal.SIGUSR1),
-        (250, "group", signal.SIGTERM),  # as SLURM does
-        (350, "launcher", signal.SIGHUP),
+        (220, "group", signal.SIGTERM),  # as SLURM does
+        (290, "launcher", signal.SIGHUP),
+        (350, "rank 0", signal.SIGUSR2),
     ]
-    stopped_at = [0]
-    for step, whom, number in ways:
-        run = start(*RUN, f"runs_dir={runs}")
-        target = rank_of(run, 1) if whom == "rank 1" else run.pid
-        wait_for_step(runs, step)
-        os.killpg(target, number) if whom == "group" else os.kill(target, number)
-        err = ended(run)
-        assert f"stopped by {number.name} after step " in err, err
-        assert "; its checkpoint is written" in err
-        assert err.endswith("dytrun: type the command again to go on from the last checkpoint\n")
-        stopped_at.append(int(err.partition("after step ")[2].partition(";")[0]))
-        assert stopped_at[-1] >= step
+    for number, (step, whom, sent) in enumerate(ways):
+        job = warm.start(tmp_path / f"log{number}", *RUN, f"runs_dir={runs}")
+        target = job.pid if not whom.startswith("rank") else job.find(f"{whom} of 2")
+        job.until(lambda: step_of(runs) >= step)  # noqa: B023
+        os.killpg(target, sent) if whom == "group" else os.kill(target, sent)
+        assert job.wait() == 75, job.said()
+        assert job.seconds < 10
+        assert job.is_gone
+        stops.append(stopped_at(job.said(), sent))
+        assert stops[-1] >= step
         assert RunResult.load(only(runs) / "result.json").status == "interrupted"
-        assert (only(runs) / "checkpoints" / f"step-{stopped_at[-1]:08d}" / "manifest.json").is_file()
-    done = dytrun("train", *RUN, f"runs_dir={runs}")
-    assert done.returncode == 0, done.stderr
-    assert f"taken up again after step {stopped_at[-1]}: it will end bit-equal" in done.stdout
+        assert (only(runs) / "checkpoints" / f"step-{stops[-1]:08d}" / "manifest.json").is_file()
+    done = warm.run(tmp_path / "log", *RUN, f"runs_dir={runs}")
+    assert done.code == 0, done.said()
+    assert f"taken up again after step {stops[-1]}: it will end bit-equal" in done.said()
     assert essence(runs) == whole
     starts = RunResult.load(only(runs) / "result.json").starts
-    assert [one["step"] for one in starts] == stopped_at
+    assert [one["step"] for one in starts] == stops
     assert all(one["changed"] == {} and one["changed_build"] == {} for one in starts)
 
 
-def test_a_second_signal_does_not_wait(tmp_path):
+def test_as_a_shell_starts_it_too(whole, warm, tmp_path):
+    """A signal to the group reaches the server of the ranks as well; ranks without one would count as dead."""
+    run = start(tmp_path / "runs")
+    until = time.monotonic() + 90
+    while step_of(tmp_path / "runs") < 20 and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert stopped_at(ended(run), signal.SIGTERM) >= 20
+    done = warm.run(tmp_path / "log", *RUN, f"runs_dir={tmp_path / 'runs'}")
+    assert done.code == 0, done.said()
+    assert essence(tmp_path / "runs") == whole
+
+
+def test_a_second_signal_does_not_wait(warm, tmp_path):
     """Its loaders hold, so no step ever ends."""
-    run = start(*RUN, f"runs_dir={tmp_path / 'runs'}")
-    wait_for_step(tmp_path / "runs", 10)
-    loaders = [pid for pid, title in processes() if title.startswith("dytrun: loader of rank")]
+    runs = tmp_path / "runs"
+    job = warm.start(tmp_path / "log", *RUN, f"runs_dir={runs}")
+    loaders = [job.find(f"loader of rank {rank} of 2") for rank in (0, 1)]
+    job.until(lambda: step_of(runs) >= 10)
     for pid in loaders:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(1)
-    before = sorted(path.name for path in only(tmp_path / "runs").glob("checkpoints/step-*"))
-    run.send_signal(signal.SIGTERM)
+    before = sorted(path.name for path in only(runs).glob("checkpoints/step-*"))
+    os.kill(job.pid, signal.SIGTERM)
     time.sleep(2)
-    assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
-    err = ended(run)
-    assert "stopped at once; nothing was saved for that" in err
-    assert sorted(path.name for path in only(tmp_path / "runs").glob("checkpoints/step-*")) == before
+    assert any(pid == job.pid for pid, _ in processes())
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 75
+    assert job.seconds < 8
+    assert job.is_gone
+    assert "stopped at once; nothing was saved for that" in job.said()
+    assert sorted(path.name for path in only(runs).glob("checkpoints/step-*")) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_before_anything_has_begun_leaves_nothing(tmp_path, number):
-    run = start(*RUN, f"runs_dir={tmp_path / 'runs'}")
+    run = start(tmp_path / "runs")
     time.sleep(1.5)  # torch is being imported
     run.send_signal(number)
     assert ended(run) == "dytrun: stopped\n"
