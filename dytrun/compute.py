@@ -46,4 +46,9 @@ def distribute(model: nn.Module, place: Place, accumulation: int) -> nn.Module:
     # 2.14 fails an assertion there (pytorch issue 143580). To send them in that one alone would be right up to
     # rounding, but a run that was interrupted would no longer end bit-equal to one that was not.
     options: dict[str, Any] = {_SYNC_BUFFERS: False, "static_graph": accumulation == 1}
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
+    # DDP gives every rank the first one's buffers; within an epoch a BatchNorm's statistics are each rank's own.
+    own = [buffer.clone() for buffer in model.buffers()]
+    net = DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
+    for buffer, before in zip(model.buffers(), own, strict=True):
+        buffer.copy_(before)
+    return net

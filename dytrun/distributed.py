@@ -100,9 +100,10 @@ def gather(value: Result) -> list[Result]:
     return found
 
 
-def gather_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return {"<world>.<rank>.<name>": buffer} of every rank's own buffers, on every rank; {} in a world of 1."""
-    own = {name: value.cpu() for name, value in model.named_buffers() if name in model.state_dict()}
+def gather_buffers(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return {"<world>.<rank>.<part>.<name>": buffer} of every rank's own buffers, on every rank; {} for one rank."""
+    own = {f"{part}.{name}": value.cpu() for part, model in parts.items() for name, value in model.named_buffers()
+           if name in model.state_dict()}  # fmt: skip
     if world_size() == 1 or not own:
         return {}
     found = gather(own)
@@ -148,14 +149,16 @@ def broadcast_tensors(tensors: Mapping[str, Tensor] | None, device: torch.device
     return found
 
 
-def same_weights(model: nn.Module, when: str) -> str:
+def same_weights(model: nn.Module, when: str, in_epoch: bool = False) -> str:
     """Return the SHA-256 of a model's state, after checking that every rank has the same.
+
+    Within an epoch the statistics of a BatchNorm are each rank's own: then only the parameters are looked at.
 
     Raises:
         RuntimeError: replicas have drifted apart; names the ranks that differ from the first.
     """
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in (dict(model.named_parameters()) if in_epoch else model.state_dict()).items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     digests = gather(digest.hexdigest())

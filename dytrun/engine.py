@@ -77,7 +77,7 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
     """
     plan, every = around.plan, config.tracking.log_every_steps
     # Before DDP, which would give every rank the first one's, and leave their EMA copies as they are.
-    now = same_weights(state.model, f"before step {state.step}")
+    now = same_weights(state.model, f"before step {state.step}", in_epoch=not state.is_evaluated)
     state.weights_sha256 = state.weights_sha256 or {"start": now, "end": now}
     under = underway(config, state, around)
     if any(gather(around.stopped_by())):

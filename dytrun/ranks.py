@@ -23,10 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from setproctitle import setproctitle, setthreadtitle
+from setproctitle import getproctitle, setproctitle, setthreadtitle
 
 from dytrun.errors import UserError
 from dytrun.stop import SIGNALS, STOPPED, ignored, passed_on
+
+# It looks for a process's arguments beside its environment, and must do so before that is changed and moves away.
+getproctitle()
 
 # What stands in the traceback of a rank that fails because another has.
 _LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
@@ -62,7 +65,7 @@ def warm_up(*modules: str) -> None:
     # In a process of joblib's a way of starting processes is set that those which it starts do not know.
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(["dytrun.run", *modules])
+    multiprocessing.set_forkserver_preload(["dytrun.ranks", "dytrun.run", *modules])
     # A signal to the whole group is not for that process: ranks whose server has gone would count as dead.
     with ignored():
         multiprocessing.forkserver.ensure_running()

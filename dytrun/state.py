@@ -109,7 +109,7 @@ def snapshot(state: State, more: Mapping[str, Any]) -> tuple[dict[str, Tensors],
     if state.ema is not None:
         tensors["ema"] = state.ema.module.state_dict()
     # Within an epoch the statistics of a BatchNorm that was left are each rank's own.
-    if not state.is_evaluated and (buffers := gather_buffers(state.model)):
+    if not state.is_evaluated and (buffers := gather_buffers(_parts(state))):
         tensors["rank_buffers"] = buffers
     plain = {name: getattr(state, name) for name in _PLAIN}
     return tensors, plain | {
@@ -147,15 +147,20 @@ def restore(state: State, checkpoint: Checkpoint, place: Place) -> None:
         setattr(state, name, values[name])
 
 
+def _parts(state: State) -> dict[str, nn.Module]:
+    return {"model": state.model} | ({} if state.ema is None else {"ema": state.ema.module})
+
+
 def _restore_tensors(state: State, checkpoint: Checkpoint, place: Place) -> None:
     state.model.load_state_dict(checkpoint.tensors["model"])
     own = f"{place.world}.{place.rank}."
     buffers = {name.removeprefix(own): value for name, value in checkpoint.tensors.get("rank_buffers", {}).items()
                if name.startswith(own)}  # fmt: skip
-    for name, value in buffers.items():
-        state.model.get_buffer(name).copy_(value)
     if state.ema is not None:
         state.ema.module.load_state_dict(checkpoint.tensors["ema"])
+    for name, value in buffers.items():
+        part, _, name = name.partition(".")
+        _parts(state)[part].get_buffer(name).copy_(value)
     saved = state.optimizer.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in checkpoint.tensors["optimizer"].items():

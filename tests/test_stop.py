@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, alive_in_group, only, processes
+from safetensors.torch import load_file
 from warm import Warm, essence, step_of
 
 from dytrun.records import RunResult
@@ -67,15 +69,16 @@ def stopped_at(said: str, number: signal.Signals) -> int:
 def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(warm, whole, tmp_path):
     runs, stops = tmp_path / "runs", [0]
     ways = [
-        (25, "launcher", signal.SIGTERM),
-        (70, "group", signal.SIGINT),  # a terminal's Ctrl-C
-        (150, "rank 1", signal.SIGUSR1),
-        (220, "group", signal.SIGTERM),  # as SLURM does
-        (290, "launcher", signal.SIGHUP),
-        (350, "rank 0", signal.SIGUSR2),
+        (25, "launcher", signal.SIGTERM, 1),
+        (70, "group", signal.SIGINT, 0),  # a terminal's Ctrl-C
+        (150, "rank 1", signal.SIGUSR1, 2),
+        (220, "group", signal.SIGTERM, 3),  # as SLURM does
+        (290, "launcher", signal.SIGHUP, 0),
+        (350, "rank 0", signal.SIGUSR2, 2),
     ]
-    for number, (step, whom, sent) in enumerate(ways):
-        job = warm.start(tmp_path / f"log{number}", *RUN, f"runs_dir={runs}")
+    for number, (step, whom, sent, workers) in enumerate(ways):
+        run = (*RUN, f"runs_dir={runs}", f"machine.workers={workers}")
+        job = warm.start(tmp_path / f"log{number}", *run)
         target = job.pid if not whom.startswith("rank") else job.find(f"{whom} of 2")
         job.until(lambda: step_of(runs) >= step)  # noqa: B023
         os.killpg(target, sent) if whom == "group" else os.kill(target, sent)
@@ -92,7 +95,8 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(warm, whole, tmp_
     assert essence(runs) == whole
     starts = RunResult.load(only(runs) / "result.json").starts
     assert [one["step"] for one in starts] == stops
-    assert all(one["changed"] == {} and one["changed_build"] == {} for one in starts)
+    assert all(one["changed_build"] == {} for one in starts), "loaders do not count"
+    assert starts[2]["changed"] == {"machine.workers": [0, 2]}
 
 
 def test_as_a_shell_starts_it_too(whole, warm, tmp_path):
@@ -106,6 +110,30 @@ def test_as_a_shell_starts_it_too(whole, warm, tmp_path):
     done = warm.run(tmp_path / "log", *RUN, f"runs_dir={tmp_path / 'runs'}")
     assert done.code == 0, done.said()
     assert essence(tmp_path / "runs") == whole
+
+
+def test_a_batch_norm_within_an_epoch_is_each_ranks_own(warm, tmp_path):
+    """Its statistics are averaged before an evaluation; until then each rank goes on with those that it had."""
+    norms = ("model.name=lcnet_035", "model.kwargs={}", "norm=ln", "data.image_size=32", "epochs=2", "global_batch=128",
+             "tracking.log_every_steps=1")  # fmt: skip
+    changed = ("model.", "norm=", "epochs=", "global", "tracking.log")
+    run = (*(word for word in RUN if not word.startswith(changed)), *norms)
+    whole = warm.run(tmp_path / "log", *run, f"runs_dir={tmp_path}/whole")
+    assert whole.code == 0, whole.said()
+    runs = tmp_path / "parts"
+    job = warm.start(tmp_path / "log1", *run, f"runs_dir={runs}")
+    job.until(lambda: step_of(runs) >= 3)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 75, job.said()
+    step = stopped_at(job.said(), signal.SIGTERM)
+    assert step % 11, "not at the end of an epoch"
+    buffers = load_file(only(runs) / "checkpoints" / f"step-{step:08d}" / "rank_buffers.safetensors")
+    one, other = (buffers[f"2.{rank}.model.bn1.running_mean"] for rank in (0, 1))
+    assert not torch.equal(one, other)
+    done = warm.run(tmp_path / "log2", *run, f"runs_dir={runs}")
+    assert done.code == 0, done.said()
+    found, expected = essence(runs), essence(tmp_path / "whole")
+    assert found == expected
 
 
 def test_a_second_signal_does_not_wait(warm, tmp_path):
