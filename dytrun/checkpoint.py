@@ -99,7 +99,9 @@ class Store:
             if isinstance(found, Checkpoint):
                 if said:
                     said.append(f"going on from step {step}, the newest checkpoint that is whole")
-                self._name(step, self._best(found.state))
+                best = self._best(found.state)
+                self._name(step, best)
+                self._forget(best)  # a run that is killed after each save would pile them up
                 return found, said
             aside = self._path(step).with_suffix(".corrupt")
             shutil.rmtree(aside, ignore_errors=True)
@@ -249,7 +251,7 @@ class Store:
         return self._path(step) if self._path(step).exists() else self._aside(step)
 
     def _name(self, newest: int, best: int | None) -> None:
-        """Write into LATEST and BEST what they do not say already; what a full disk does not take waits for the next."""
+        """Write into LATEST and BEST what they do not say already; what a full disk does not take waits."""
         for name, step in (("LATEST", newest), ("BEST", best)):
             with contextlib.suppress(OSError):
                 if step is None:
@@ -294,7 +296,10 @@ def _write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror or first_line(error) if isinstance(error, OSError) else first_line(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if said := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' way of telling it
+        code = int(said[1])
+    return first_line(error) if code is None else os.strerror(code)
 
 
 def matches_manifest(path: Path) -> bool:

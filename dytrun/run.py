@@ -144,8 +144,8 @@ def _lead(
             ended.save(directory / "result.json")
         except OSError as error:
             ended = None
-            raise RunError(f"{directory}: the result cannot be written ({error.strerror or error}); make room, and type "
-                           "the command again to go on from the last checkpoint") from None  # fmt: skip
+            raise RunError(f"{directory}: the result cannot be written ({error.strerror or error}); make room, and "
+                           "type the command again to go on from the last checkpoint") from None  # fmt: skip
         barrier()
     except Interrupted:
         in_haste = True

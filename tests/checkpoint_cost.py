@@ -1,6 +1,6 @@
 """What checkpoints cost here: `python tests/checkpoint_cost.py`, a table of real trainings and no test.
 
-    python tests/checkpoint_cost.py --every 2 model=vit_ti data.image_size=64 global_batch=16 machine.max_batch_per_rank=16
+    python tests/checkpoint_cost.py --every 2 model=vit_ti data.image_size=64 global_batch=16
     python tests/checkpoint_cost.py --every 20 --steps 200 model=vit_b precision=bf16 global_batch=128
 
 The words are keys of dytrun train. Two runs of the same steps, one that is saved every so many seconds and one that is

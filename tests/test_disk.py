@@ -10,13 +10,13 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -169,7 +169,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(warm, whole, 
     assert len(list(folder.glob("*.corrupt"))) == len(paths)
 
 
-@pytest.mark.parametrize(("latest", "best"), [(b"\xff\x00 nonsense", None), (None, b"9" * 5000), (b"7\n", b"132\n")])
+@pytest.mark.parametrize(("latest", "best"), [(b"\xff\x00 nonsense", None), (None, b"9" * 5000)])
 def test_names_of_checkpoints_can_be_lost(warm, whole, tmp_path, latest, best):
     """The best one is that of the first epoch, which only its name and the newest one's state keep from removal."""
     assert (whole.checkpoints / "BEST").read_text() == "44\n"
@@ -286,11 +286,17 @@ def test_a_save_may_be_killed_at_any_system_call(tmp_path, is_best, is_again):
     for step in (1, 2, 3):
         put(Store(tmp_path / "base", 2), step, step, best=1)
     step = 3 if is_again else 4
-    outcomes, at, folder = [], 0, tmp_path / "now"
-    while True:
+    outcomes, at, folder, left = [], -1, tmp_path / "now", None
+    was_killed = True
+    while was_killed:
+        at += 1
         shutil.copytree(tmp_path / "base", folder, copy_function=os.link)
         store = Store(folder, 2)
         was_killed = killed(at, lambda: put(store, step, 10, best=step if is_best else 1))  # noqa: B023
+        before, left = left, contents(folder)
+        if left == before:  # as the kill at the call before has left it
+            shutil.rmtree(folder)
+            continue
         for name in ("LATEST", "BEST"):  # by another process, before the run is taken up again
             seen = store.look_up(name)
             assert seen.tensors["model"]["weight"].tolist() == [seen.state["value"]] * 3000
@@ -304,11 +310,15 @@ def test_a_save_may_be_killed_at_any_system_call(tmp_path, is_best, is_again):
         put(store, 5, 5, found.state["best_step"])
         assert names(folder) == {f"step-{one:08d}" for one in (found.step, 5, found.state["best_step"])}
         shutil.rmtree(folder)
-        if not was_killed:
-            break
-        at += 1
-    changes = [one for one, after in zip(outcomes, outcomes[1:], strict=False) if one != after]
-    assert changes == [(3, 3)]  # the old one up to some call, and the new one from there on
+    assert at > 100 and len(outcomes) > 15, (at, len(outcomes))
+    # The old one up to some call, and the new one from there on.
+    assert outcomes == sorted(outcomes) and outcomes[0] == (3, 3) and outcomes[-1] == (step, 10)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder; safetensors writes under a name that it draws."""
+    found = {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    return {re.sub(r"/\.tmp\w+", "/.tmp", name): text for name, text in found.items()}
 
 
 def names(folder: Path) -> set[str]:
@@ -326,11 +336,11 @@ def test_a_hundred_saves_that_are_killed_leave_no_more_than_one_does(tmp_path):
     for step in range(2, 102):
         killed(draw.randrange(250), lambda: put(store, step, step, best=1))  # noqa: B023
         most = max(most, len(names(tmp_path)))
+        assert most <= 2 + 1 + 1, names(tmp_path)
         found, said = store.load()
         assert found is not None and said == []
         assert found.state["value"] == found.step
         assert store.look_up("BEST").step == 1
-    assert most <= 2 + 1 + 1
     put(store, 102, 102, best=1)
     assert len(names(tmp_path)) <= 2 + 1
 
@@ -416,7 +426,7 @@ def test_a_run_goes_on_to_its_end_on_a_disk_that_is_full(warm, whole, tmp_path, 
     assert result.checkpoints["tried"] == 4
     for number in range(1, failed + 1):
         assert f"could not be written (No space left on device), the {number}. such attempt" in job.said()
-    assert result.checkpoints["bytes"] == (4 - failed) * pytest.approx(140_000, rel=0.1)
+    assert result.checkpoints["bytes"] == pytest.approx((4 - failed) * 140_000, rel=0.1)
     assert Store(only(disk) / "checkpoints", 2).look_up("LATEST").step == 44 * (4 - failed)
     assert not list(only(disk).rglob("*.partial*"))
     assert (result.top1, result.weights_sha256) == (whole.essence["result"][3], whole.essence["result"][9])
@@ -484,7 +494,7 @@ def test_too_little_room_is_said_before_the_first_step(warm, tmp_path, small_dis
     assert job.code == 2, job.said()
     (said,) = [line for line in job.said().splitlines() if line.startswith("dytrun: ")]
     assert "runs_dir: 3 MiB are free at " in said
-    assert "this run's checkpoints take up to 5 MiB (4 of 1 MiB); make room, or choose another" in said
+    assert "this run's checkpoints take up to 4 MiB (4 of 1 MiB); make room, or choose another" in said
     assert not list(disk.glob("*/checkpoints/*")) + list(disk.glob("*/checkpoints/.*"))
     assert not list(disk.glob("*/metrics.jsonl"))
 
