@@ -220,7 +220,8 @@ class Store:
             if partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
             else:
-                partial.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    partial.unlink()
 
     def _forget(self, best: int | None) -> None:
         newest = sorted(self._steps())[-self.keep :]
