@@ -1,10 +1,14 @@
 """Checkpoints: written whole or not at all, verified on the way back.
 
 A checkpoint is a directory `step-00001234/` of safetensors files, `state.json` and `manifest.json` (SHA-256 and size
-of each file). It is written under a temporary name, synced, renamed; `LATEST` then names it. No pickle anywhere:
-neither torch.load nor safetensors notices a flipped bit in a tensor, so the manifest is what makes it trustworthy.
+of each file). It is written under a temporary name, synced, renamed. No pickle anywhere: neither torch.load nor
+safetensors notices a flipped bit in a tensor, so the manifest is what makes it trustworthy.
+
+`LATEST` and `BEST` name two of them for people and scripts. Nothing here depends on them: what is the best one stands
+in the newest one too, and a name that a kill, a full disk or a person has spoilt is written again.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -49,28 +53,33 @@ class Store:
         self.keep = keep
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], is_best: bool) -> int:
-        """Write a checkpoint, point to it, and remove those that are neither among the newest nor the best.
+        """Write a checkpoint, name it, and remove those that are neither among the newest nor the best.
+
+        Args:
+            step: its number; one that is there of the same step is replaced.
+            tensors: by part.
+            state: plain JSON values; `best_step` is that of the best checkpoint.
+            is_best: whether it is this one.
 
         Returns:
             Bytes written.
 
         Raises:
-            NotSaved: nothing has changed, but perhaps that the checkpoint is there and no pointer names it yet.
+            NotSaved: the checkpoints are as they were.
         """
-        final, partial = self._path(step), self.directory / f".step-{step:08d}.partial"
+        partial = self._partial(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            self._clean()
             partial.mkdir()
             written = _write(partial, tensors, state)
-            self._replace(final, partial)
-            self._point("LATEST", step)
-            if is_best:
-                self._point("BEST", step)
+            self._replace(step, partial)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise NotSaved(_reason(error)) from error
-        self._forget()
+        best = step if is_best else self._best(state)
+        self._name(step, best)
+        self._forget(best)
         return written
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
@@ -86,32 +95,38 @@ class Store:
         said = []
         steps = sorted(self._steps(), reverse=True)
         for step in steps:
-            wrong = self._fault(step)
-            if wrong is None:
+            found = self._read(step)
+            if isinstance(found, Checkpoint):
                 if said:
                     said.append(f"going on from step {step}, the newest checkpoint that is whole")
-                return self._read(step), said
+                best = self._best(found.state)
+                self._name(step, best)
+                self._forget(best)  # a run that is killed after each save would pile them up
+                return found, said
             aside = self._path(step).with_suffix(".corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             self._path(step).rename(aside)
-            said.append(f"checkpoint of step {step}: {wrong}; it was put aside as {aside}")
+            said.append(f"checkpoint of step {step}: {found}; it was put aside as {aside}")
         if steps or list(self.directory.glob("*.corrupt")):
             raise UserError(*said, f"{self.directory}: no checkpoint there is whole; remove the run's directory to "
                             "train from the start")  # fmt: skip
         return None, said
 
     def look_up(self, name: str) -> Checkpoint:
-        """Return the newest checkpoint (`LATEST`) or the one that `BEST` points to, and touch nothing.
+        """Return the newest checkpoint (`LATEST`) or the best one (`BEST`), and touch nothing.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
-        step = max(self._steps(), default=None) if name == "LATEST" else self._best()
-        if step is None or not self._path(step).is_dir():
+        step = self.newest_step
+        if name == "BEST" and step is not None:
+            step = self._best({} if self._fault(step) else self._state(step))
+        if step is None:
             raise UserError(f"{self.directory}: no {name} checkpoint there; train the run first")
-        if (wrong := self._fault(step)) is not None:
-            raise UserError(f"{self._path(step)}: damaged ({wrong}); train the run again")
-        return self._read(step)
+        found = self._read(step)
+        if isinstance(found, str):
+            raise UserError(f"{self._path(step)}: damaged ({found}); train the run again")
+        return found
 
     @property
     def newest_step(self) -> int | None:
@@ -131,15 +146,18 @@ class Store:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / ".probe.partial"
-            probe.write_text("written to see whether it can be")
-            _sync(probe)
-            probe.unlink()
+            try:
+                probe.write_text("written to see whether it can be")
+                _sync(probe)
+            finally:
+                probe.unlink(missing_ok=True)
             free = shutil.disk_usage(self.directory).free
         except OSError as error:
             raise UserError(
                 f"runs_dir: {self.directory} cannot be written ({_reason(error)}); choose another"
             ) from None
-        here = sum(file.stat().st_size for file in self.directory.rglob("*") if file.is_file())
+        # What was put aside stays for a while, and makes no room.
+        here = sum(file.stat().st_size for file in self.directory.glob("step-*[0-9]/*"))
         # The newest ones, the best, and the one that is being written.
         needed = (self.keep + 2) * size - here
         if free < needed:
@@ -149,14 +167,19 @@ class Store:
                 "another"
             )
 
-    def _read(self, step: int) -> Checkpoint:
-        path = self._path(step)
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        return Checkpoint(step, tensors, json.loads((path / "state.json").read_text()))
+    def _read(self, step: int) -> Checkpoint | str:
+        """Read a checkpoint, or say what is wrong with it."""
+        if (wrong := self._fault(step)) is not None:
+            return wrong
+        try:
+            tensors = {file.stem: load_file(file) for file in sorted(self._place(step).glob("*.safetensors"))}
+            return Checkpoint(step, tensors, self._state(step))
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"it cannot be read ({first_line(error)})"
 
     def _fault(self, step: int) -> str | None:
-        """Say what is wrong with a checkpoint; None if it is as its manifest says."""
-        path = self._path(step)
+        """Say what is wrong with the files of a checkpoint; None if they are as its manifest says."""
+        path = self._place(step)
         try:
             manifest = json.loads((path / "manifest.json").read_text())
             missing = {file.name for file in path.iterdir()} - {"manifest.json"} ^ manifest.keys()
@@ -171,60 +194,89 @@ class Store:
             return f"its manifest cannot be read ({first_line(error)})"
         return None
 
-    def _replace(self, final: Path, partial: Path) -> None:
-        """Rename a whole checkpoint into place; one of the same step is there until then."""
-        aside = final.with_name(f".{final.name}.old")
+    def _replace(self, step: int, partial: Path) -> None:
+        """Rename a whole checkpoint into place; one of the same step is there until then, and found after a kill."""
+        final, aside = self._path(step), self._aside(step)
         if final.exists():
-            shutil.rmtree(aside, ignore_errors=True)
             final.rename(aside)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            if aside.exists():
+                aside.rename(final)
+            raise
         _sync(self.directory)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _clean(self) -> None:
-        for path in [*self.directory.glob(".step-*.partial"), *self.directory.glob(".step-*.old")]:
-            final = self.directory / path.name.removeprefix(".").removesuffix(".old")
-            if path.suffix == ".old" and not final.exists():
-                path.rename(final)  # killed between two renames
+        """Remove what a save that was killed or has failed left behind."""
+        for aside in self.directory.glob(".step-*.old"):
+            final = self.directory / aside.name.removeprefix(".").removesuffix(".old")
+            if final.exists():
+                shutil.rmtree(aside, ignore_errors=True)
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                aside.rename(final)  # killed between two renames
+        for partial in self.directory.glob(".*.partial"):
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
 
-    def _forget(self) -> None:
+    def _forget(self, best: int | None) -> None:
         newest = sorted(self._steps())[-self.keep :]
-        best = self._best()
-        for step in self._steps():
-            if step not in newest and step != best:
-                shutil.rmtree(self._path(step), ignore_errors=True)
+        for step in self._steps() - {*newest, best, self._named("BEST")}:
+            # Renamed first, so that one whose removal is cut short is no checkpoint any more.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self._path(step).rename(self._partial(step)), ignore_errors=True)
         for aside in self.directory.glob("*.corrupt"):
             if len(newest) == self.keep and int(aside.stem.removeprefix("step-")) < newest[0]:
                 shutil.rmtree(aside, ignore_errors=True)
 
-    def _steps(self) -> list[int]:
-        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.directory.glob("step-*"))
-        return [int(match[1]) for match in found if match]
+    def _steps(self) -> set[int]:
+        """Steps of all checkpoints, that too which a kill has left half-way to being replaced."""
+        names = (re.fullmatch(r"step-(\d+)|\.step-(\d+)\.old", path.name) for path in self.directory.glob("*step-*"))
+        return {int(match[1] or match[2]) for match in names if match}
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
-    def _point(self, name: str, step: int) -> None:
-        partial = self.directory / f".{name}.partial"
-        partial.write_text(f"{step}\n")
-        _sync(partial)
-        partial.replace(self.directory / name)
-        _sync(self.directory)
+    def _partial(self, step: int) -> Path:
+        return self.directory / f".step-{step:08d}.partial"
 
-    def _best(self) -> int | None:
-        """Step that BEST names; where that cannot be read, what the newest checkpoint knew of it."""
+    def _aside(self, step: int) -> Path:
+        return self.directory / f".step-{step:08d}.old"
+
+    def _place(self, step: int) -> Path:
+        """Where a checkpoint lies now."""
+        return self._path(step) if self._path(step).exists() else self._aside(step)
+
+    def _name(self, newest: int, best: int | None) -> None:
+        """Write into LATEST and BEST what they do not say already; what a full disk does not take waits."""
+        for name, step in (("LATEST", newest), ("BEST", best)):
+            with contextlib.suppress(OSError):
+                if step is None:
+                    (self.directory / name).unlink(missing_ok=True)
+                elif self._named(name) != step:
+                    partial = self.directory / f".{name}.partial"
+                    partial.write_text(f"{step}\n")
+                    _sync(partial)
+                    partial.replace(self.directory / name)
+                    _sync(self.directory)
+
+    def _named(self, name: str) -> int | None:
         try:
-            return int((self.directory / "BEST").read_text())
-        except FileNotFoundError:
-            return None
+            return int((self.directory / name).read_text())
         except (OSError, ValueError):
-            newest = self.newest_step
-            return None if newest is None or self._fault(newest) else self._read_state(newest).get("best_step")
+            return None
 
-    def _read_state(self, step: int) -> dict[str, Any]:
-        return json.loads((self._path(step) / "state.json").read_text())
+    def _best(self, state: Mapping[str, Any]) -> int | None:
+        """Step of the best checkpoint that there is: as the newest one's state has it, else as BEST names it."""
+        known = state.get("best_step"), self._named("BEST")
+        return next((step for step in known if step in self._steps()), None)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return json.loads((self._place(step) / "state.json").read_text())
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> int:
@@ -245,7 +297,10 @@ def _write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror or first_line(error) if isinstance(error, OSError) else first_line(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if said := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' way of telling it
+        code = int(said[1])
+    return first_line(error) if code is None else os.strerror(code)
 
 
 def matches_manifest(path: Path) -> bool:

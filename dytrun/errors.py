@@ -1,4 +1,4 @@
-"""UserError: what the user can mend."""
+"""UserError: what the user can mend. RunError: what ends a run and is no bug."""
 
 
 class UserError(Exception):
@@ -10,6 +10,10 @@ class UserError(Exception):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class RunError(Exception):
+    """What a run met on its way and could not go on with. The command line prints one line and exits with code 1."""
 
 
 def first_line(error: BaseException) -> str:

@@ -205,7 +205,8 @@ def _failure_noted(config: RunConfig) -> Iterator[None]:
             status = "interrupted" if isinstance(error, ranks.Stopped) else "failed"
             said = "lost another rank: " if ranks.lost_peer(traceback.format_exc()) else ""
             result = RunResult(status=status, message=said + first_line(error), **run.identity(config))
-            result.save(config.run_dir / "result.json")
+            with contextlib.suppress(OSError):  # a full disk is what it may have failed for
+                result.save(config.run_dir / "result.json")
         raise
 
 

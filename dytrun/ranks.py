@@ -246,6 +246,8 @@ def _first_cause(logs: Path) -> Exception | None:
         first, text = message["message"], message["extraInfo"]["py_callstack"]
         if lines := first.removeprefix("UserError: ").splitlines() if first.startswith("UserError: ") else []:
             return UserError(*lines)  # one without lines is of a rank that has left it to the first one to speak
+        if first.startswith("RunError: "):
+            return Failed(first.removeprefix("RunError: "))
         found.append((lost_peer(text), int(message["extraInfo"]["timestamp"]), path.parent.name, first, text))
     if not found:
         return None

@@ -3,13 +3,14 @@
 Accuracies are in percent, times in the unit that the name ends with, memory in GiB (2**30 bytes).
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -225,13 +226,24 @@ def to_json_line(record: Record) -> str:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all: a reader sees the old one or the new one."""
+    with whole_file(path) as file:
+        file.write(f"{json.dumps(_finite(values), indent=1, allow_nan=False)}\n".encode())
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that takes the place of the one at `path` once it is whole and on the disk, or leaves nothing."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(_finite(values), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def whole_lines(path: Path) -> list[str]:

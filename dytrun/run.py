@@ -29,10 +29,10 @@ from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.data import RankShare, ValBatches, end_loaders, train_batches
 from dytrun.distributed import Place, barrier, from_first, session
 from dytrun.engine import Diverged, Interrupted, Surroundings, evaluate_state, fit
-from dytrun.errors import UserError
+from dytrun.errors import RunError, UserError
 from dytrun.evaluate import evaluate
 from dytrun.model import compile_model, trainable
-from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, write_json
+from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, whole_file, write_json
 from dytrun.sources import Data, load_data
 from dytrun.state import State, build_state, restore, speed_so_far
 from dytrun.stop import Stop
@@ -140,9 +140,14 @@ def _lead(
         if init.get("alpha_from") is not None:
             result["alpha_init"] = None
         ended = RunResult(**result, **outcome(state, around, last, message), init=init, starts=owner.starts(directory))
-        if last is not None:
-            _save_correct(directory / "correct.npz", last)
-        ended.save(directory / "result.json")
+        try:
+            if last is not None:
+                _save_correct(directory / "correct.npz", last)
+            ended.save(directory / "result.json")
+        except OSError as error:
+            ended = None
+            raise RunError(f"{directory}: the result cannot be written ({error.strerror or error}); make room, and "
+                           "type the command again to go on from the last checkpoint") from None  # fmt: skip
         barrier()
     except Interrupted:
         in_haste = True
@@ -334,9 +339,8 @@ def _save_correct(path: Path, last: EvalRecord) -> None:
     arrays = {"correct": np.packbits(last.raw.correct), "num": np.array(last.raw.num)}
     if last.ema is not None:
         arrays["ema_correct"] = np.packbits(last.ema.correct)
-    partial = path.with_name(".correct.partial.npz")
-    np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(path)
+    with whole_file(path) as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def _placed(model: nn.Module, config: RunConfig, place: Place) -> nn.Module:

@@ -17,7 +17,7 @@ from dytrun import optim
 from dytrun.checkpoint import Checkpoint, Tensors
 from dytrun.config import RunConfig
 from dytrun.distributed import Place, gather_buffers
-from dytrun.errors import UserError, first_line
+from dytrun.errors import UserError
 from dytrun.throughput import Clock
 
 
@@ -132,8 +132,8 @@ def restore(state: State, checkpoint: Checkpoint, place: Place) -> None:
         _restore_tensors(state, checkpoint, place)
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"checkpoint of step {checkpoint.step}: it does not fit the model of this run ({first_line(error)}: "
-            f"{' '.join(str(error).split())[:300]}); use the versions it was made with, or remove the run's directory"
+            f"checkpoint of step {checkpoint.step}: it does not fit the model of this run "
+            f"({' '.join(str(error).split())[:300]}); use the versions it was made with, or remove the run's directory"
         ) from None
     values = checkpoint.state
     if state.scaler.is_enabled():

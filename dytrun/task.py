@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from dytrun import compose
-from dytrun.errors import UserError, first_line
+from dytrun.errors import RunError, UserError, first_line
 from dytrun.stop import STOPPED
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -87,7 +87,7 @@ class Task:
             if launch.is_batch_job():
                 self._leave_batch_job(found)
         except Exception as error:
-            first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed) else (
+            first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed | RunError) else (
                 first_line(error), "", traceback.format_exc())  # fmt: skip
             found = Outcome(name, "failed", (first,), trace)
         if launch.may_restart() and (found.ending == "failed" or found.problems):

@@ -117,7 +117,7 @@ def essence(directory: Path) -> dict[str, Any]:
     """Everything of the one run under a directory that must be the same, bit for bit, however often it was stopped."""
     run = only(directory)
     result = RunResult.load(run / "result.json")
-    newest = max((run / "checkpoints").glob("step-*"))
+    newest = max((run / "checkpoints").glob("step-*[0-9]"))
     state = json.loads((newest / "state.json").read_text())
     best = (run / "checkpoints" / "BEST").read_text()
     return {
