@@ -6,7 +6,6 @@ job that does not leave by itself runs on for 13 s, though GraceTime is 5.
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from slurm import cluster as module
 from slurm.cluster import Cluster, ClusterError
 
 REMAINS = "while :; do sleep 0.1; done"  # whatever signals the shell traps and sleep dies of
-
-
-@pytest.fixture(scope="module")
-def gpu_cluster(needs_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two GPUs a node, at a site that warns by SIGTERM alone."""
-    with Cluster(tmp_path_factory.mktemp("gpu"), gpus=2, preempt_user_signal=False) as cluster:
-        yield cluster
 
 
 def retry(most: int) -> str:
@@ -64,15 +56,15 @@ def test_the_nodes_names_resolve(cluster):
     ("option", "devices"),
     [("--gpus-per-node=2", ["0,1"] * 4), ("--gpus-per-task=1", ["0", "0", "1", "1"])],
 )
-def test_tasks_are_given_devices(gpu_cluster, option, devices):
-    told = gpu_cluster.run("srun", "--nodes=2", "--ntasks=4", option, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+def test_tasks_are_given_devices(term_cluster, option, devices):
+    told = term_cluster.run("srun", "--nodes=2", "--ntasks=4", option, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     assert sorted(told.split()) == devices
 
 
 @pytest.mark.parametrize("options", [["--gpus-per-node=3"], ["--nodes=1", "--ntasks=1", "--gpus-per-task=3"]])
-def test_more_than_there_is_is_refused(gpu_cluster, options):
+def test_more_than_there_is_is_refused(term_cluster, options):
     with pytest.raises(ClusterError, match="node configuration is not available"):
-        gpu_cluster.run("srun", "--immediate=2", *options, "true")
+        term_cluster.run("srun", "--immediate=2", *options, "true")
 
 
 def test_crashed_job_is_run_again(cluster):
@@ -88,6 +80,15 @@ def test_crashed_job_is_run_again(cluster):
     assert cluster.wait_for(array, "COMPLETED")["Restarts"] == "1"
     elements = [job for job in cluster.jobs().values() if job.get("ArrayJobId") == array]
     assert {job["ArrayTaskId"]: job["Restarts"] for job in elements} == {"0": "0", "1": "1"}
+
+
+def test_crashes_count_in_a_row(cluster):
+    """A job that crashes after each of three new checkpoints is run again each time, and then once without."""
+    Path("check points").mkdir()
+    note = 'readlink -f "check points" > $DYTRUN_START; sleep 0.1'
+    script = f"{note}; n=${{SLURM_RESTART_COUNT:-0}}; [ $n -ge 3 ] || mkdir 'check points/step-'$n; exit 7"
+    job = submit(cluster, "job", f"{retry(1)} {script}")
+    assert cluster.wait_for(job, "FAILED", 60)["Restarts"] == "4"
 
 
 def test_cancelled_job_stays_cancelled(cluster):
