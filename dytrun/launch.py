@@ -102,6 +102,21 @@ def wait_to_be_ended() -> None:
     time.sleep(_WAIT_S)
 
 
+def ask_for_requeue(known: signal.Signals) -> str:
+    """Call submitit's handler of a signal, which asks for another start and ends this process; or say why not."""
+    from submitit.core.utils import UncompletedJobError
+
+    handler = signal.getsignal(known)
+    try:
+        if callable(handler):
+            handler(known, None)
+    except UncompletedJobError as error:
+        if may_restart():
+            forbid_restart()
+        return str(error)
+    return ""
+
+
 def leave_together() -> None:
     """Let the first rank end before the others do, which srun then ends.
 

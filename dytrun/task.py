@@ -122,22 +122,14 @@ class Task:
         Returns:
             How the run ended, where the job does not come back: it has run out of time too often, or is none of SLURM.
         """
-        from submitit.core.utils import UncompletedJobError
-
         from dytrun import launch
 
         sys.stderr.write(f"dytrun: {found.problems[0]}\n")
         sys.stderr.flush()
         known = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
         if known.name in found.problems[0]:
-            handler = signal.getsignal(known)
-            if callable(handler) and launch.is_first():
-                try:
-                    handler(known, None)
-                except UncompletedJobError as error:
-                    if launch.may_restart():
-                        launch.forbid_restart()
-                    return Outcome(found.run, "failed", (f"{found.problems[0]}; {error}",))
+            if launch.is_first() and (refused := launch.ask_for_requeue(known)):
+                return Outcome(found.run, "failed", (f"{found.problems[0]}; {refused}",))
         elif "SLURM_JOB_ID" not in os.environ:
             return found
         elif not launch.may_restart():

@@ -139,15 +139,13 @@ class Cluster:
         self._until(reached, timeout_s, lambda: f"job {job_id} is not {' or '.join(sorted(wanted))}: {record}")
         return record
 
-    def kill_node(self, name: str, noticed: bool = False) -> None:
+    def kill_node(self, name: str) -> None:
         """Kill all that runs on a node at once, as if its power had failed.
 
-        SLURM finds out after about 25 s, declares the node down, and requeues its jobs; or at once, if `noticed`.
+        SLURM finds out after about 25 s, declares the node down, and requeues its jobs.
         """
         _kill_all(lambda: self._processes(name))
         self._daemons.pop(name).wait()
-        if noticed:
-            self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def start_node(self, name: str) -> None:
         """Start a node after `kill_node` and wait until the controller has it back.

@@ -198,7 +198,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster):
         assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_a_job_of_a_lost_node_goes_on_elsewhere_in_time(cluster, whole):
+def test_a_job_of_a_lost_node_goes_on_when_that_is_back(cluster, whole):
     """As when the power of one fails; SLURM finds out by itself."""
     with Driver(cluster) as driver:
         driver.freeze(after=EPOCH)
