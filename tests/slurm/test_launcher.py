@@ -80,15 +80,14 @@ def test_an_array_of_three_and_two_nodes_with_two_ranks_end_as_here(cluster, tmp
 
 
 def test_a_job_that_always_crashes_ends_after_the_bound_and_hides_no_other(cluster, tmp_path):
-    """Its directory of checkpoints is a file: an error that nobody foresees, in every start."""
+    """Its file of metrics is a directory: an error that nobody foresees, in every start."""
     broken = "vit_tiny_patch16_224-ln-digits-s0"
     name = dytrun("train", *TINY, "norm=ln", "dry_run=true").stdout.split("runs/")[1].split()[0]
     assert name.startswith(broken)
-    (tmp_path / "runs" / name).mkdir(parents=True)
-    (tmp_path / "runs" / name / "checkpoints").write_text("")
+    (tmp_path / "runs" / name / "metrics.jsonl").mkdir(parents=True)
     done = dytrun("train", "-m", *TINY, *SLURM, "norm=ln,dyt", "hydra.launcher.max_restarts=1", env=cluster.env)
     assert done.returncode == 1
-    assert f"dytrun: {name}: [Errno 17] File exists" in done.stderr
+    assert f"dytrun: {name}: [Errno 21] Is a directory" in done.stderr
     assert "1 of 2 runs failed" in done.stderr
     assert sorted(result.status for result in results(tmp_path / "runs").values()) == ["failed", "finished"]
     (script,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*/*_submission.sh")
@@ -96,7 +95,7 @@ def test_a_job_that_always_crashes_ends_after_the_bound_and_hides_no_other(clust
     (log,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*_0/*_log.err")
     (out,) = (tmp_path / "runs").glob(".sweeps/*/jobs/*_0/*_log.out")
     assert out.read_text().count("starts left: 1") == 1
-    assert log.read_text().count("FileExistsError: ") == 2
+    assert log.read_text().count("IsADirectoryError: ") == 2
 
 
 def test_wrong_input_of_one_rank_is_said_and_not_tried_again(cluster, image_tree, tmp_path):
