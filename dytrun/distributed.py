@@ -43,8 +43,7 @@ def session(devices: list[int] | None, timeout_s: int) -> Iterator[Place]:
         timeout_s: seconds after which a collective without an answer is an error.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu") if devices is None else torch.device("cuda", devices[local_rank % len(devices)])
+    device = own_device(devices)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -69,6 +68,16 @@ def session(devices: list[int] | None, timeout_s: int) -> Iterator[Place]:
     # Not after an error: to close its connections would make the other ranks fail, and hide the one that did.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def own_device(devices: list[int] | None) -> torch.device:
+    """Return the device of this rank, of the CUDA devices of this machine by local rank; None: the CPU.
+
+    A rank that is shown no GPU but its own has number 0, whatever its local rank.
+    """
+    if devices is None:
+        return torch.device("cpu")
+    return torch.device("cuda", devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices)])
 
 
 def world_size() -> int:

@@ -8,6 +8,7 @@ torch is imported only where it is needed, so that a finished run is recognised 
 
 import contextlib
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,14 +19,16 @@ from dytrun import owner, ranks, terminal
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.errors import UserError, first_line
 from dytrun.records import RunResult, write_json
-from dytrun.stop import Stop
+from dytrun.stop import STOPPED, Stop
 
 if TYPE_CHECKING:
     from dytrun.plan import Outline
 
 
-# Longer than a preempted job is given by most clusters.
-_WAIT_S = 600.0
+# Longer than a preempted job is given by most clusters, and than the first rank takes to ask for another start.
+_WAIT_S, _WAIT_FOR_FIRST_S = 600.0, 60.0
+# How long the other ranks may take from the last collective until they listen for the end of the first one.
+_LISTEN_S = 1.0
 
 
 def is_joined() -> bool:
@@ -81,13 +84,49 @@ def may_restart() -> bool:
 
 
 def will_restart() -> bool:
-    """Whether it would do so now."""
-    return int(os.environ.get("DYTRUN_RESTARTS_LEFT", "0")) > 0
+    """Whether it would do so now: as the batch script decides, see `slurm.restart_lines`."""
+    if os.path.exists(os.environ.get("DYTRUN_NO_RESTART", "")):
+        return False
+    if int(os.environ.get("DYTRUN_RESTARTS_LEFT", "0")) > 0:
+        return True
+    with contextlib.suppress(OSError, KeyError):
+        start = Path(os.environ["DYTRUN_START"])
+        since = start.stat().st_mtime_ns
+        found = Path(start.read_text().rstrip("\n")).glob("step-*")
+        return int(os.environ["DYTRUN_RESTARTS"]) > 0 and any(path.stat().st_mtime_ns > since for path in found)
+    return False
 
 
 def wait_to_be_ended() -> None:
-    """Give whoever ends this job the time for it: submitit's handler, srun or SLURM itself."""
+    """Give SLURM the time to end this job, which it then starts again by itself."""
     time.sleep(_WAIT_S)
+
+
+def ask_for_requeue(known: signal.Signals) -> str:
+    """Call submitit's handler of a signal, which asks for another start and ends this process; or say why not."""
+    from submitit.core.utils import UncompletedJobError
+
+    handler = signal.getsignal(known)
+    try:
+        if callable(handler):
+            handler(known, None)
+    except UncompletedJobError as error:
+        if may_restart():
+            forbid_restart()
+        return str(error)
+    return ""
+
+
+def leave_together() -> None:
+    """Let the first rank end before the others do, which srun then ends.
+
+    They leave with the same word when told so: were one killed, the job's exit code would be that of a crash.
+    """
+    if is_first():
+        time.sleep(_LISTEN_S)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED))
+    time.sleep(_WAIT_FOR_FIRST_S)
 
 
 def forbid_restart() -> None:
@@ -180,6 +219,7 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
             if done is None:
                 held.enter_context(owner.owned(config))
                 held.enter_context(_failure_noted(config))
+                _note_start(config)
             return done, config.model_dump_json(), str(config.run_dir.resolve())
 
         done, text, directory = distributed.from_first(decided)
@@ -188,6 +228,12 @@ def _train_joined(config: RunConfig, begin: Callable[[RunConfig], RunResult | No
             if said is not None:
                 raise ranks.Stopped(said)
         return distributed.from_first(lambda: done or RunResult.load(Path(directory) / "result.json"))
+
+
+def _note_start(config: RunConfig) -> None:
+    """Tell the batch script where new checkpoints are seen: a crash after one does not count with those before."""
+    if "DYTRUN_START" in os.environ:
+        Path(os.environ["DYTRUN_START"]).write_text(f"{(config.run_dir / 'checkpoints').resolve()}\n")
 
 
 @contextlib.contextmanager

@@ -154,21 +154,26 @@ def _strings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 
 def restart_lines(crashes: Path, most: int) -> list[str]:
-    """Return lines of shell that put a job whose rank has crashed back into the queue, `most` times.
+    """Return lines of shell that put a job whose rank has crashed back into the queue, `most` times in a row.
 
-    SLURM itself does so after a pre-emption and when a node is lost, and not when a task fails.
+    A crash after a new checkpoint is the first of a row. SLURM itself puts a job back after a pre-emption and when a
+    node is lost, and not when a task fails.
     """
     count = f"{shlex.quote(str(crashes))}/$SLURM_JOB_ID"
     return [
         # Since SLURM 22.05 srun does not take the batch script's cores for its own.
         "[ -z $SLURM_CPUS_PER_TASK ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
-        f"mkdir -p {shlex.quote(str(crashes))}; touch {count}",
-        f"export DYTRUN_RESTARTS_LEFT=$(({most} - $(wc -l < {count}))) DYTRUN_NO_RESTART={count}.final",
+        f"mkdir -p {shlex.quote(str(crashes))}; touch {count}; rm -f {count}.start",
+        f"export DYTRUN_RESTARTS={most} DYTRUN_RESTARTS_LEFT=$(({most} - $(wc -l < {count})))",
+        f"export DYTRUN_NO_RESTART={count}.final DYTRUN_START={count}.start",
         "dytrun_leave() {",
         "  code=$?; job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
+        # The first rank has written there where its checkpoints are.
+        '  new=$([ -e "$DYTRUN_START" ] && find "$(cat "$DYTRUN_START")" -name "step-*" -newer "$DYTRUN_START")',
+        f'  [ -z "$new" ] || {{ : > {count}; DYTRUN_RESTARTS_LEFT={most}; }}',
+        '  [ $code -ne 0 ] && [ ! -e "$DYTRUN_NO_RESTART" ] || return',
         # 75: told to stop, and saved. That is no crash.
-        '  [ $code -eq 75 ] || { [ $code -ne 0 ] && [ $DYTRUN_RESTARTS_LEFT -gt 0 ] && [ ! -e "$DYTRUN_NO_RESTART" ]; }'
-        " || return",
+        "  [ $code -eq 75 ] || [ $DYTRUN_RESTARTS_LEFT -gt 0 ] || return",
         # scancel ends the script too; the controller calls a job COMPLETING before it tells it, and would requeue it.
         "  state=$(squeue --noheader --jobs=$job --format=%T)",
         '  echo "dytrun: exit code $code of a job that is $state, starts left: $DYTRUN_RESTARTS_LEFT"',

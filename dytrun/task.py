@@ -85,7 +85,7 @@ class Task:
         except ranks.Stopped as error:
             found = Outcome(name, "stopped", (str(error),))
             if launch.is_batch_job():
-                self._leave_batch_job(found)
+                found = self._leave_batch_job(found)
         except Exception as error:
             first, _, trace = str(error).partition("\n") if isinstance(error, ranks.Failed | RunError) else (
                 first_line(error), "", traceback.format_exc())  # fmt: skip
@@ -112,12 +112,15 @@ class Task:
             self._note(found)
         raise SystemExit(FAILED)
 
-    def _leave_batch_job(self, found: Outcome) -> None:
-        """End a task of SLURM's that was told to stop and has saved, so that the job comes back; or return.
+    def _leave_batch_job(self, found: Outcome) -> Outcome:
+        """End a task of SLURM's that was told to stop and has saved, so that the job comes back.
 
         The signal that submitit knows goes to its own handler: it asks for another start, and counts those after a
         job has run out of time. After another one our batch script does; where the script is not ours SLURM does
         itself, if it ends the job, and not if the job ends before.
+
+        Returns:
+            How the run ended, where the job does not come back: it has run out of time too often, or is none of SLURM.
         """
         from dytrun import launch
 
@@ -125,14 +128,13 @@ class Task:
         sys.stderr.flush()
         known = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
         if known.name in found.problems[0]:
-            handler = signal.getsignal(known)
-            if callable(handler) and os.environ.get("RANK", "0") == "0":
-                handler(known, None)
-            launch.wait_to_be_ended()
-        elif "SLURM_JOB_ID" in os.environ and not launch.may_restart():
-            launch.wait_to_be_ended()
+            if launch.is_first() and (refused := launch.ask_for_requeue(known)):
+                return Outcome(found.run, "failed", (f"{found.problems[0]}; {refused}",))
         elif "SLURM_JOB_ID" not in os.environ:
-            return
+            return found
+        elif not launch.may_restart():
+            launch.wait_to_be_ended()
+        launch.leave_together()
         raise SystemExit(STOPPED)
 
     def _note(self, found: Outcome) -> None:

@@ -186,7 +186,7 @@ def test_the_command_line_imports_nothing_heavy_at_its_top():
         top = imports(ast.parse((PACKAGE / f"{name}.py").read_text()), everywhere=False)
         assert not {name.split(".")[0] for name in top} & {"hydra", "omegaconf", "pydantic", "torch", "rich", "numpy"}
         waiting |= {found.split(".")[1] for found in top if found.startswith("dytrun.")} - seen
-    assert seen == {"cli", "compose", "errors", "guard", "task", "usage"}
+    assert seen == {"cli", "compose", "errors", "guard", "stop", "task", "usage"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

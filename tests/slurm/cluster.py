@@ -139,15 +139,13 @@ class Cluster:
         self._until(reached, timeout_s, lambda: f"job {job_id} is not {' or '.join(sorted(wanted))}: {record}")
         return record
 
-    def kill_node(self, name: str, noticed: bool = False) -> None:
+    def kill_node(self, name: str) -> None:
         """Kill all that runs on a node at once, as if its power had failed.
 
-        SLURM finds out after about 25 s, declares the node down, and requeues its jobs; or at once, if `noticed`.
+        SLURM finds out after about 25 s, declares the node down, and requeues its jobs.
         """
         _kill_all(lambda: self._processes(name))
         self._daemons.pop(name).wait()
-        if noticed:
-            self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def start_node(self, name: str) -> None:
         """Start a node after `kill_node` and wait until the controller has it back.
@@ -157,6 +155,17 @@ class Cluster:
         """
         self._start(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
         self._until(lambda: self._answers(name), UP_WITHIN_S, lambda: f"node {name} does not answer")
+
+    def kill_controller(self) -> None:
+        """Kill slurmctld at once; jobs go on, and no command is answered."""
+        daemon = self._daemons.pop("slurmctld")
+        daemon.kill()
+        daemon.wait()
+
+    def start_controller(self) -> None:
+        """Start slurmctld after `kill_controller`, with what it knew, and wait until it answers."""
+        self._start("slurmctld", "slurmctld", "-D", "-f", self.env["SLURM_CONF"])
+        self._until(lambda: bool(self._sinfo("-h")), UP_WITHIN_S, lambda: "slurmctld does not answer")
 
     def _up(self) -> None:
         for folder in ("state", "spool", "log"):
@@ -254,16 +263,23 @@ class Cluster:
         """Find what runs in the cluster, or on one node of it, by the environment that all of it inherits.
 
         The daemons were given DYTRUN_CLUSTER_NODE; SLURM gives each task SLURMD_NODENAME. Parents say less: a step's
-        daemon has left its own. A shell that only talks to the cluster has neither variable and is let live.
+        daemon has left its own. They do for a process that shows a title, which takes the place of its environment.
+        A shell that only talks to the cluster has neither variable and is let live.
         """
         conf = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
         places = [f"{key}={node}".encode() for key in ("DYTRUN_CLUSTER_NODE", "SLURMD_NODENAME")]
+        parents: dict[int, int] = {}
+        here: set[int] = set()
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended meanwhile
+                parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
                 environ = (process / "environ").read_bytes().split(b"\0")
-                here = any(v == place if node else v.startswith(place) for v in environ for place in places)
-                if here and conf in environ and int(process.name) != os.getpid():
-                    yield int(process.name)
+                if conf in environ and any(v == place if node else v.startswith(place) for v in environ
+                                           for place in places):  # fmt: skip
+                    here.add(int(process.name))
+        while more := {pid for pid, parent in parents.items() if parent in here} - here:
+            here |= more
+        yield from here - {os.getpid()}
 
     def _idle(self) -> bool:
         return sorted(self._sinfo("-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split()) == sorted(self.nodes)

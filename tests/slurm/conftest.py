@@ -1,4 +1,4 @@
-"""One SLURM for all tests of this directory, and the marker `slurm` on each of them."""
+"""Two kinds of SLURM for all tests of this directory, and the marker `slurm` on each of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,4 +29,11 @@ def needs_slurm() -> None:
 def cluster(needs_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes of two cores. Nothing is set in this process: give `cluster.env` to whom it concerns."""
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def term_cluster(needs_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The same with two GPUs a node, at a site that warns by SIGTERM alone."""
+    with Cluster(tmp_path_factory.mktemp("term"), gpus=2, preempt_user_signal=False) as cluster:
         yield cluster

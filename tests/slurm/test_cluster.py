@@ -5,8 +5,8 @@ job that does not leave by itself runs on for 13 s, though GraceTime is 5.
 """
 
 import os
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,6 @@ from slurm import cluster as module
 from slurm.cluster import Cluster, ClusterError
 
 REMAINS = "while :; do sleep 0.1; done"  # whatever signals the shell traps and sleep dies of
-
-
-@pytest.fixture(scope="module")
-def gpu_cluster(needs_slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two GPUs a node, at a site that warns by SIGTERM alone."""
-    with Cluster(tmp_path_factory.mktemp("gpu"), gpus=2, preempt_user_signal=False) as cluster:
-        yield cluster
 
 
 def retry(most: int) -> str:
@@ -64,15 +57,43 @@ def test_the_nodes_names_resolve(cluster):
     ("option", "devices"),
     [("--gpus-per-node=2", ["0,1"] * 4), ("--gpus-per-task=1", ["0", "0", "1", "1"])],
 )
-def test_tasks_are_given_devices(gpu_cluster, option, devices):
-    told = gpu_cluster.run("srun", "--nodes=2", "--ntasks=4", option, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+def test_tasks_are_given_devices(term_cluster, option, devices):
+    told = term_cluster.run("srun", "--nodes=2", "--ntasks=4", option, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     assert sorted(told.split()) == devices
 
 
+# torch is told of as many GPUs as SLURM shows: there are none here.
+PROBE = """
+import os, sys
+from pathlib import Path
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+from dytrun import distributed, launch, machine
+launch.join(Path())
+devices, world = machine.resolve_devices("auto")
+place = [os.environ["RANK"], world, os.environ["LOCAL_RANK"], os.environ["CUDA_VISIBLE_DEVICES"]]
+sys.stdout.write(" ".join(map(str, [*place, distributed.own_device(devices)])) + "\\n")
+"""
+
+
+def test_each_rank_has_a_gpu_of_its_own(term_cluster):
+    """Where SLURM shows it all of its node, and where it shows it one alone, whatever its local rank."""
+    Path("probe.py").write_text(PROBE)
+    python = ["env", "SUBMITIT_EXECUTOR=slurm", sys.executable, "probe.py"]
+    tasks = ["srun", "--nodes=2", "--ntasks=4"]
+    every = term_cluster.run(*tasks, "--ntasks-per-node=2", "--gpus-per-node=2", *python, timeout_s=200)
+    assert sorted(every.splitlines()) == [
+        "0 4 0 0,1 cuda:0", "1 4 1 0,1 cuda:1", "2 4 0 0,1 cuda:0", "3 4 1 0,1 cuda:1",
+    ]  # fmt: skip
+    own = term_cluster.run(*tasks, "--ntasks-per-node=2", "--gpus-per-task=1", *python, timeout_s=200)
+    assert sorted(own.splitlines()) == ["0 4 0 0 cuda:0", "1 4 1 1 cuda:0", "2 4 0 0 cuda:0", "3 4 1 1 cuda:0"]
+
+
 @pytest.mark.parametrize("options", [["--gpus-per-node=3"], ["--nodes=1", "--ntasks=1", "--gpus-per-task=3"]])
-def test_more_than_there_is_is_refused(gpu_cluster, options):
+def test_more_than_there_is_is_refused(term_cluster, options):
     with pytest.raises(ClusterError, match="node configuration is not available"):
-        gpu_cluster.run("srun", "--immediate=2", *options, "true")
+        term_cluster.run("srun", "--immediate=2", *options, "true")
 
 
 def test_crashed_job_is_run_again(cluster):
@@ -88,6 +109,15 @@ def test_crashed_job_is_run_again(cluster):
     assert cluster.wait_for(array, "COMPLETED")["Restarts"] == "1"
     elements = [job for job in cluster.jobs().values() if job.get("ArrayJobId") == array]
     assert {job["ArrayTaskId"]: job["Restarts"] for job in elements} == {"0": "0", "1": "1"}
+
+
+def test_crashes_count_in_a_row(cluster):
+    """A job that crashes after each of three new checkpoints is run again each time, and then no more."""
+    Path("check points").mkdir()
+    note = 'readlink -f "check points" > $DYTRUN_START; sleep 0.1'
+    script = f"{note}; n=${{SLURM_RESTART_COUNT:-0}}; [ $n -ge 3 ] || mkdir 'check points/step-'$n; exit 7"
+    job = submit(cluster, "job", f"{retry(1)} {script}")
+    assert cluster.wait_for(job, "FAILED", 60)["Restarts"] == "3"
 
 
 def test_cancelled_job_stays_cancelled(cluster):
@@ -110,15 +140,6 @@ def test_cancelled_job_stays_cancelled(cluster):
     for name, job in jobs.items():
         assert cluster.wait_for(job, "CANCELLED")["Restarts"] == "0"
         assert "of a job that is COMPLETING" in said(name)
-
-
-def test_job_of_a_dead_node_is_run_again(cluster):
-    job = submit(cluster, "job", "echo started; [ $SLURM_RESTART_COUNT ] || srun sleep 60", "--nodes=2")
-    wait_to_read("job", "started")
-    time.sleep(1)  # srun starts
-    cluster.kill_node("n2", noticed=True)
-    cluster.start_node("n2")
-    assert cluster.wait_for(job, "COMPLETED", 60)["Restarts"] == "1"
 
 
 def test_failed_start_leaves_nothing(needs_slurm, tmp_path, monkeypatch):
