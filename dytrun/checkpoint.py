@@ -289,6 +289,9 @@ def _write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any
             raise OSError(errno.EIO, f"{file.name} came out short")
     (folder / "state.json").write_text(json.dumps(dict(state)))
     files = sorted(folder.iterdir())
+    mode = (folder / "state.json").stat().st_mode & 0o777
+    for file in files:
+        file.chmod(mode)  # safetensors lets nobody else read its files, whatever the umask says
     manifest = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in [*files, folder / "manifest.json", folder]:

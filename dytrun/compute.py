@@ -2,6 +2,8 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,8 +49,39 @@ def distribute(model: nn.Module, place: Place, accumulation: int) -> nn.Module:
     # rounding, but a run that was interrupted would no longer end bit-equal to one that was not.
     options: dict[str, Any] = {_SYNC_BUFFERS: False, "static_graph": accumulation == 1}
     # DDP gives every rank the first one's buffers; within an epoch a BatchNorm's statistics are each rank's own.
-    own = [buffer.clone() for buffer in model.buffers()]
-    net = DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
-    for buffer, before in zip(model.buffers(), own, strict=True):
-        buffer.copy_(before)
-    return net
+    with _same_buffers(model):
+        return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **options)
+
+
+def settle(net: nn.Module, config: RunConfig, batch: int, device: torch.device) -> None:
+    """Let DDP put its buckets of gradients into their final order before the first step instead of after it.
+
+    The order in which three or more ranks are summed up depends on where in a bucket a gradient lies. A run that is
+    taken up again would do its first step with other buckets than one that was never interrupted, and end with other
+    bits. So every start begins with two backward passes whose gradients are thrown away: torch 2.14 orders the buckets
+    after the first one, and those of a static graph after the second.
+
+    Args:
+        net: as `distribute` returns it.
+        config: of the run.
+        batch: images of a micro-batch.
+        device: of the model.
+    """
+    if not isinstance(net, DistributedDataParallel):
+        return
+    size = config.data.image_size
+    with _same_buffers(net.module):
+        for _ in range(2):
+            with autocast(config, device):
+                logits = net(torch.zeros(batch, 3, size, size, device=device))
+            logits.float().square().mean().backward()
+            net.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Give a model's buffers back as they were."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)

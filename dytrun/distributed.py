@@ -169,7 +169,7 @@ def same_weights(model: nn.Module, when: str, in_epoch: bool = False) -> str:
     digest = hashlib.sha256()
     for name, value in (dict(model.named_parameters()) if in_epoch else model.state_dict()).items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     digests = gather(digest.hexdigest())
     if strays := [rank for rank, other in enumerate(digests) if other != digests[0]]:
         raise RuntimeError(f"the weights of rank {', '.join(map(str, strays))} are not those of rank 0 {when}")

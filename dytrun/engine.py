@@ -18,7 +18,7 @@ from dytrun import optim, watchdog
 from dytrun.agreement import LAG, Agreement, Verdict, Wishes
 from dytrun.batch import Batch
 from dytrun.checkpoint import NotSaved, Store
-from dytrun.compute import autocast, distribute, train_loss
+from dytrun.compute import autocast, distribute, settle, train_loss
 from dytrun.config import RunConfig
 from dytrun.distributed import Place, average_buffers, from_first, gather, same_weights
 from dytrun.errors import UserError
@@ -35,7 +35,7 @@ class Diverged(Exception):
     """A loss or a gradient was not finite, or a spike at which to stop; the weights are those before that step."""
 
     def __init__(self, message: str, step: int, samples: list[list[int]], numbers: dict[str, float]):
-        """Take the bad step, this rank's image indices of each of its micro-batches, and its loss and gradient norm."""
+        """Take the bad step, this rank's image indices of each micro-batch, and its loss and gradient norm."""
         super().__init__(message)
         self.step, self.samples, self.numbers = step, samples, numbers
 
@@ -114,9 +114,11 @@ class Underway:
 
 
 def underway(config: RunConfig, state: State, around: Surroundings) -> Underway:
-    """Wrap the model and set up what the ranks agree by."""
+    """Wrap the model, warm its wrapping up, and set up what the ranks agree by."""
     net = distribute(state.model, around.place, around.plan.accumulation)
     net.train()
+    with around.clock.pause():
+        settle(net, config, around.plan.batch_per_rank, around.place.device)
     # fp16's loss scaling waits for the device in every step anyway.
     is_ahead = around.place.device.type == "cuda" and not state.scaler.is_enabled()
     return Underway(config, state, around, net, Agreement(around.place.device, LAG if is_ahead else 0, state.losses))
@@ -199,12 +201,9 @@ def _judged(under: Underway, verdicts: list[Verdict]) -> list[Verdict]:
             norm_counts = not state.scaler.is_enabled()
             is_finite = math.isfinite(verdict.loss) and not (norm_counts and not math.isfinite(verdict.grad_norm))
             what = "the loss is a spike" if is_finite else "loss or gradient not finite"
-            raise Diverged(
-                f"{what} at step {verdict.step} (loss {verdict.loss:g}, gradient norm {verdict.grad_norm:g})",
-                verdict.step,
-                under.samples[verdict.step],
-                {"loss": verdict.loss, "grad_norm": verdict.grad_norm},
-            )
+            said = f"{what} at step {verdict.step} (loss {verdict.loss:g}, gradient norm {verdict.grad_norm:g})"
+            numbers = {"loss": verdict.loss, "grad_norm": verdict.grad_norm}
+            raise Diverged(said, verdict.step, under.samples[verdict.step], numbers)
         window = state.window
         state.window = Window(window.loss_sum + verdict.loss, verdict.grad_norm, window.steps + 1)
         state.substituted += verdict.substituted
@@ -216,7 +215,7 @@ def _judged(under: Underway, verdicts: list[Verdict]) -> list[Verdict]:
 def _act(under: Underway, verdicts: list[Verdict]) -> Iterator[Record | Remark]:
     """Do what a rank has wished for: say which images are bad, save, stop."""
     if any(verdict.unknown for verdict in verdicts):
-        yield _share_bad_images(under)
+        yield from _share_bad_images(under)
     is_stopped = any(verdict.stop for verdict in verdicts)
     if is_stopped or any(verdict.save for verdict in verdicts):
         _judged(under, under.agreement.take(everything=True))
@@ -237,7 +236,7 @@ def _outcome(under: Underway, said: list[Remark]) -> str:
     return f"{said[0].text}; the newest is of step {under.around.store.newest_step or 0}"
 
 
-def _share_bad_images(under: Underway) -> Remark:
+def _share_bad_images(under: Underway) -> Iterator[Remark]:
     """Give every rank the list of all; stop past `data.max_bad_fraction`."""
     state, known = under.state, len(under.state.bad_images)
     for one in gather(under.bad_images):
@@ -249,8 +248,9 @@ def _share_bad_images(under: Underway) -> Remark:
             f"data.max_bad_fraction: {count} of {num} training images cannot be read, more than the share of {limit:g} "
             f"that is allowed; the first is {first['path']} ({first['why']}); mend them, or allow more"
         )
-    return Remark(state.step, f"{count - known} more training image(s) cannot be read, {count} of {num} so far; others "
-                  "of their class are used instead, see result.json")  # fmt: skip
+    if count > known:
+        yield Remark(state.step, f"{count - known} more training image(s) cannot be read, {count} of {num} so far; "
+                     "others of their class are used instead, see result.json")  # fmt: skip
 
 
 def _end_epoch(under: Underway) -> Iterator[Record | Remark]:

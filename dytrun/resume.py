@@ -49,8 +49,13 @@ def check_data(saved: Checkpoint | None, data: Data, root: str | None) -> None:
     """Refuse to go on with other data than a run began with.
 
     Raises:
-        UserError: says what is different.
+        UserError: says what is different; or another version of dytrun has made the checkpoint.
     """
+    if saved is not None and not {"data", "build", "window"} <= saved.state.keys():
+        raise UserError(
+            f"checkpoint of step {saved.step}: another version of dytrun has made it; go on with that one, or remove "
+            "the run's directory to train it from the start"
+        )
     if saved is not None and saved.state["data"] != data.facts:
         raise UserError(
             f"data.root: {root or 'the data'} is not what this run was trained on up to step {saved.step} "

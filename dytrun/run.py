@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import machine, norm, optim, owner, replay, resume, terminal
+from dytrun import machine, norm, optim, owner, replay, resume, terminal, watchdog
 from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.compute import autocast
@@ -34,13 +34,12 @@ from dytrun.evaluate import evaluate
 from dytrun.model import compile_model, trainable
 from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, whole_file, write_json
 from dytrun.sources import Data, load_data
-from dytrun.state import State, build_state, restore, speed_so_far
+from dytrun.state import State, build_state, restore, speed_so_far, to_be_saved
 from dytrun.stop import Stop
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
 from dytrun.validation import validate
 from dytrun.warmstart import calibrate_start, load_start, wants_calibration
-from dytrun.watchdog import Watchdog
 
 # Which implementation computes the norms that are no point-wise layers.
 _NORM_IMPL = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"}
@@ -49,9 +48,10 @@ _NORM_IMPL = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"
 def train_rank(run_dir: str) -> str | None:
     """Train the run of `run_dir` on this rank, which `launch` has started for it; say if it was stopped, and where."""
     note = os.environ.get("DYTRUN_STOP_NOTE")
-    config = load_config(Path(run_dir))
-    with Stop(Path(note) if note else None).listening() as stop, joined_session(config) as place:
-        return train_here(config, Path(run_dir), place, stop)
+    with Stop(Path(note) if note else None).listening() as stop:
+        config = load_config(Path(run_dir))
+        with joined_session(config) as place:
+            return train_here(config, Path(run_dir), place, stop)
 
 
 def joined_session(config: RunConfig) -> AbstractContextManager[Place]:
@@ -90,7 +90,7 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
                       saved.step if saved else 0, plan.total_steps)  # fmt: skip
     here = place.rank, place.world, place.device
     build = resume.build(config, place, plan, versions())
-    with Watchdog(place, directory / ".hang", config.machine.hang_timeout_s) as dog:
+    with watchdog.Watchdog(place, directory / ".hang", config.machine.hang_timeout_s) as dog:
         around = Surroundings(
             plan=plan,
             place=place,
@@ -111,7 +111,7 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
         state = build_state(model, config, place.device)
         if saved is not None:
             restore(state, saved, place)
-        from_first(lambda: store.check_room(_sized(state)))
+        from_first(lambda: store.check_room(to_be_saved(state)))
         compile_model(model, config.machine.compile)
         result = facts(config, place, data, model) | {
             "num_norm_sites": len(sites),
@@ -153,6 +153,7 @@ def _lead(
         in_haste = True
         raise
     finally:
+        around.beat(state.step, watchdog.DONE)  # W&B may take its time
         display.close()
         tracker.finish(ended, in_haste)
 
@@ -321,12 +322,6 @@ def _elsewhere(config: RunConfig, root: str | None) -> RunConfig:
     if root is None:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
-
-
-def _sized(state: State) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what a checkpoint of a run will hold, before the optimizer has its moments: two for each weight."""
-    weights = state.model.state_dict()
-    return {"model": weights, "first": weights, "second": weights} | ({} if state.ema is None else {"ema": weights})
 
 
 def _init_facts(directory: Path) -> dict[str, Any]:

@@ -122,6 +122,12 @@ def snapshot(state: State, more: Mapping[str, Any]) -> tuple[dict[str, Tensors],
     }
 
 
+def to_be_saved(state: State) -> dict[str, Tensors]:
+    """Return as many bytes as a checkpoint will hold, before the optimizer has its moments: two for each weight."""
+    weights = state.model.state_dict()
+    return {"model": weights, "first": weights, "second": weights} | ({} if state.ema is None else {"ema": weights})
+
+
 def restore(state: State, checkpoint: Checkpoint, place: Place) -> None:
     """Put a checkpoint's weights, optimizer, EMA, scaler and counters into `state`, strictly.
 

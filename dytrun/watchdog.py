@@ -27,6 +27,8 @@ IMAGES, COMPUTE, AGREE, UPDATE, EVALUATE, SAVE = (
     "saves",
 )
 _ORDER = (IMAGES, COMPUTE, AGREE, UPDATE, EVALUATE, SAVE)
+# After which a rank is not watched any more.
+DONE = "is done"
 # Seconds that a rank which can still speak has for it.
 _ANSWER_S = 4.0
 
@@ -59,7 +61,10 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, step: int, what: str) -> None:
-        """Say that this rank has come to a part of a step."""
+        """Say that this rank has come to a part of a step, or is DONE."""
+        if what == DONE:
+            self._closed.set()
+            return
         self._step, self._what, self._at = step, what, time.monotonic()
         if not self._is_watched:  # not before: loader processes are forked, and a fork would tear a thread
             self._is_watched = True

@@ -136,6 +136,23 @@ def test_a_batch_norm_within_an_epoch_is_each_ranks_own(warm, tmp_path):
     assert found == expected
 
 
+def test_three_ranks_sum_up_in_the_same_order_again(warm, tmp_path):
+    """More than a bucket of gradients: DDP orders its buckets anew after its first steps, and with them the sums."""
+    run = ("train", *TINY, "machine.devices=3", "global_batch=96", "epochs=2", "tracking.log_every_steps=1",
+           "model.kwargs={patch_size: 4, embed_dim: 192, depth: 3, num_heads: 3, global_pool: avg}")  # fmt: skip
+    whole = warm.run(tmp_path / "log", *run, f"runs_dir={tmp_path}/whole")
+    assert whole.code == 0, whole.said()
+    runs = tmp_path / "parts"
+    job = warm.start(tmp_path / "log1", *run, f"runs_dir={runs}")
+    job.until(lambda: step_of(runs) >= 5)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 75, job.said()
+    assert stopped_at(job.said(), signal.SIGTERM) < 28
+    done = warm.run(tmp_path / "log2", *run, f"runs_dir={runs}")
+    assert done.code == 0, done.said()
+    assert essence(runs) == essence(tmp_path / "whole")
+
+
 def test_a_second_signal_does_not_wait(warm, tmp_path):
     """Its loaders hold, so no step ever ends."""
     runs = tmp_path / "runs"
