@@ -244,10 +244,11 @@ def _share_bad_images(under: Underway) -> Iterator[Remark]:
     count, num, limit = len(state.bad_images), under.around.num_train, under.config.data.max_bad_fraction
     if count > limit * num:
         first = min(state.bad_images.items())[1]
-        raise UserError(
+        said = (
             f"data.max_bad_fraction: {count} of {num} training images cannot be read, more than the share of {limit:g} "
             f"that is allowed; the first is {first['path']} ({first['why']}); mend them, or allow more"
         )
+        raise UserError(*[said][: under.around.place.is_first])  # the other ranks leave it to the first one
     if count > known:
         yield Remark(state.step, f"{count - known} more training image(s) cannot be read, {count} of {num} so far; "
                      "others of their class are used instead, see result.json")  # fmt: skip
