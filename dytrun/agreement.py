@@ -23,6 +23,19 @@ SPIKE_Z, _HISTORY, _ENOUGH = 10.0, 128, 32
 _LEAST_SIGMA = 0.01
 
 
+class Diverged(Exception):
+    """A loss or a gradient was not finite, or a spike at which to stop; the weights are those before that step."""
+
+    def __init__(self, message: str, step: int, samples: list[list[int]], numbers: dict[str, float]):
+        """Take the bad step, this rank's image indices of each micro-batch, and its loss and gradient norm."""
+        super().__init__(message)
+        self.step, self.samples, self.numbers = step, samples, numbers
+
+
+class Interrupted(Exception):
+    """Told to stop by a signal to any rank, on every rank alike; says where the run can be taken up again."""
+
+
 class Wishes(NamedTuple):
     """What one rank brings into a step besides its loss."""
 

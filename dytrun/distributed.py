@@ -85,6 +85,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this is the rank that speaks."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Add `values` over all ranks, in place, and return them."""
     if world_size() > 1:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dytrun import optim, watchdog
-from dytrun.agreement import LAG, Agreement, Verdict, Wishes
+from dytrun.agreement import LAG, Agreement, Diverged, Interrupted, Verdict, Wishes
 from dytrun.batch import Batch
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import autocast, distribute, settle, train_loss
@@ -29,19 +29,6 @@ from dytrun.throughput import Clock
 
 # Below it fp16 has overflowed a hundred times in a row.
 _SMALLEST_LOSS_SCALE = 2.0**-30
-
-
-class Diverged(Exception):
-    """A loss or a gradient was not finite, or a spike at which to stop; the weights are those before that step."""
-
-    def __init__(self, message: str, step: int, samples: list[list[int]], numbers: dict[str, float]):
-        """Take the bad step, this rank's image indices of each micro-batch, and its loss and gradient norm."""
-        super().__init__(message)
-        self.step, self.samples, self.numbers = step, samples, numbers
-
-
-class Interrupted(Exception):
-    """Told to stop by a signal to any rank, on every rank alike; says where the run can be taken up again."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
     state.weights_sha256 = state.weights_sha256 or {"start": now, "end": now}
     under = underway(config, state, around)
     if any(gather(around.stopped_by())):
-        raise _interrupted(under, "nothing was done since its checkpoint" if state.step else "it had not begun")
+        raise interrupted(state, around, "nothing was done since its checkpoint" if state.step else "it had not begun")
     while True:
         if state.step % plan.steps_per_epoch == 0 and not state.is_evaluated:
             yield from _end_epoch(under)
@@ -214,20 +201,23 @@ def _judged(under: Underway, verdicts: list[Verdict]) -> list[Verdict]:
 
 def _act(under: Underway, verdicts: list[Verdict]) -> Iterator[Record | Remark]:
     """Do what a rank has wished for: say which images are bad, save, stop."""
+    is_stopped = any(verdict.stop for verdict in verdicts)
+    is_saved = is_stopped or any(verdict.save for verdict in verdicts)
+    if is_saved:
+        verdicts = verdicts + _judged(under, under.agreement.take(everything=True))
     if any(verdict.unknown for verdict in verdicts):
         yield from _share_bad_images(under)
-    is_stopped = any(verdict.stop for verdict in verdicts)
-    if is_stopped or any(verdict.save for verdict in verdicts):
-        _judged(under, under.agreement.take(everything=True))
+    if is_saved:
         with under.around.clock.pause():
             said = _save(under, is_best=False)
         if is_stopped:
-            raise _interrupted(under, _outcome(under, said))
+            raise interrupted(under.state, under.around, _outcome(under, said))
         yield from said
 
 
-def _interrupted(under: Underway, saved: str) -> Interrupted:
-    return Interrupted(f"stopped by {max(gather(under.around.stopped_by()))} after step {under.state.step}; {saved}")
+def interrupted(state: State, around: Surroundings, saved: str) -> Interrupted:
+    """Say by which signal and where a run was stopped; every rank must call it."""
+    return Interrupted(f"stopped by {max(gather(around.stopped_by()))} after step {state.step}; {saved}")
 
 
 def _outcome(under: Underway, said: list[Remark]) -> str:
@@ -239,7 +229,7 @@ def _outcome(under: Underway, said: list[Remark]) -> str:
 def _share_bad_images(under: Underway) -> Iterator[Remark]:
     """Give every rank the list of all; stop past `data.max_bad_fraction`."""
     state, known = under.state, len(under.state.bad_images)
-    for one in gather(under.bad_images):
+    for one in gather({index: image for index, image in under.bad_images.items() if index not in state.bad_images}):
         state.bad_images |= one
     count, num, limit = len(state.bad_images), under.around.num_train, under.config.data.max_bad_fraction
     if count > limit * num:
@@ -249,8 +239,8 @@ def _share_bad_images(under: Underway) -> Iterator[Remark]:
             f"that is allowed; the first is {first['path']} ({first['why']}); mend them, or allow more"
         )
         raise UserError(*[said][: under.around.place.is_first])  # the other ranks leave it to the first one
-    if count > known:
-        yield Remark(state.step, f"{count - known} more training image(s) cannot be read, {count} of {num} so far; "
+    if known == 0 or count // 100 > known // 100:
+        yield Remark(state.step, f"{count} of {num} training images cannot be read so far; "
                      "others of their class are used instead, see result.json")  # fmt: skip
 
 
@@ -262,7 +252,7 @@ def _end_epoch(under: Underway) -> Iterator[Record | Remark]:
             record = evaluate_state(config, state, around)
         except (Halted, UserError) as error:
             said = _save(under, is_best=False)
-            raise _interrupted(under, _outcome(under, said)) if isinstance(error, Halted) else error from None
+            raise interrupted(state, around, _outcome(under, said)) if isinstance(error, Halted) else error from None
         state.weights_sha256["end"] = same_weights(state.model, f"after step {state.step}")
         epoch = state.step // around.plan.steps_per_epoch
         is_best = record.raw.top1 > state.best.top1
@@ -330,8 +320,13 @@ def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> Eva
     """Evaluate the raw and, if there are, the EMA weights over the whole validation split."""
 
     def watched() -> Iterator[Batch]:
-        for batch in around.val():
+        batches = around.val()
+        while True:
+            around.beat(state.step, watchdog.EVALUATION_IMAGES)
+            batch = next(batches, None)
             around.beat(state.step, watchdog.EVALUATE)
+            if batch is None:
+                return
             yield batch
 
     def accuracy(model: nn.Module) -> Accuracy:

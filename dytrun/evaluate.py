@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dytrun.batch import Batch
-from dytrun.distributed import all_sum
+from dytrun.distributed import all_sum, gather, is_first
 from dytrun.errors import UserError
 from dytrun.records import Accuracy
 
@@ -45,7 +45,7 @@ def evaluate(
 
     Raises:
         Halted: one rank was told to stop.
-        UserError: an image cannot be read: names it on the rank that has met it, and says nothing on the others.
+        UserError: images cannot be read: names them on the first rank, and says nothing on the others.
     """
     device = next(model.parameters()).device
     # One row an image: seen, top-1 hit, top-5 hit. Nothing is read from the device before the end.
@@ -93,7 +93,8 @@ def _together(batches: Iterable[Batch], is_stopped: Callable[[], bool], device: 
         word = torch.tensor([is_stopped(), wrong is not None, not is_done], dtype=torch.int32).to(device)
         stopped, wrongs, unfinished = all_sum(word).tolist()
         if wrongs:
-            raise wrong or UserError()
+            problems = [line for lines in gather(() if wrong is None else tuple(wrong.problems)) for line in lines]
+            raise UserError(*problems) if is_first() else UserError()
         if stopped:
             raise Halted
         if not unfinished:

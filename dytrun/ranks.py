@@ -25,7 +25,7 @@ from typing import Any
 
 from setproctitle import getproctitle, setproctitle, setthreadtitle
 
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.stop import SIGNALS, STOPPED, ignored, passed_on
 
 # It looks for a process's arguments beside its environment, and must do so before that is changed and moves away.
@@ -122,7 +122,10 @@ def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int, is
                 raise Stopped("stopped at once by a second signal; nothing was saved for that") from None
             how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             died = f"rank {rank} died: {how}, process {failure.pid}; the other ranks were ended"
-            raise _first_cause(Path(logs)) or Failed(died) from None
+            cause = _first_cause(Path(logs)) or Failed(died)
+            if is_stoppable and Path(note).exists() and not isinstance(cause, UserError):
+                raise Stopped(f"told to stop, but before it had: {first_line(cause)}") from None
+            raise cause from None
         except SignalException as error:
             raise Stopped(f"stopped by {signal.Signals(error.sigval).name}") from None
         except KeyboardInterrupt:
@@ -189,9 +192,10 @@ def _rank(launcher: int, note: str, entry: Callable[..., Any], *args: Any) -> An
         found = entry(*args)
         place.with_suffix(".done").touch()
         return found
-    except Exception:
+    except Exception as error:
         # A rank that another has left is told so at once, and would be first to say it. It waits to be ended.
-        if lost_peer(traceback.format_exc()):
+        # One that leaves it to the first rank to speak waits for that, too.
+        if lost_peer(traceback.format_exc()) or (isinstance(error, UserError) and not error.problems):
             time.sleep(GRIEF_S)
         raise
 

@@ -4,6 +4,7 @@ What is kept is the weights before that step; images, mixing and drop-path are f
 """
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dytrun.agreement import Diverged
 from dytrun.batch import Batch
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import train_loss
 from dytrun.config import RunConfig
 from dytrun.data import RankShare, train_batches
 from dytrun.distributed import Place, all_sum, broadcast_tensors, from_first, gather
-from dytrun.engine import Diverged, Surroundings
+from dytrun.engine import Surroundings
 from dytrun.errors import UserError
 from dytrun.optim import Plan
 from dytrun.records import write_json
-from dytrun.sources import Data
+from dytrun.sources import Data, fingerprint_difference
 
 _FOLDER = "diverged"
 # Of many parameters the ones with the largest gradients are shown.
@@ -41,11 +43,13 @@ def keep(directory: Path, model: nn.Module, around: Surroundings, error: Diverge
         "why": str(error),
         "numbers": error.numbers,
         "world": around.place.world,
+        "data": around.facts.get("data"),
         "command": f"dytrun replay {directory}",
         "ranks": ranks,
     }
 
     def write() -> str:
+        shutil.rmtree(directory / _FOLDER, ignore_errors=True)  # of an earlier try
         try:
             Store(directory / _FOLDER, keep=2).save(error.step, {"model": model.state_dict()}, found, is_best=False)
             write_json(directory / _FOLDER / "step.json", found)
@@ -87,17 +91,22 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
     if found["world"] != place.world:
         raise UserError(f"devices: the run had {found['world']} rank(s), and here are {place.world}; say devices="
                         f"{found['world']}")  # fmt: skip
+    if found["data"] != data.facts:
+        raise UserError(f"data_root: not the data of the run ({fingerprint_difference(found['data'], data.facts)})")
     model.load_state_dict(broadcast_tensors(kept[0] if kept else None, place.device))
     share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, step,
                       step + 1)  # fmt: skip
-    batches = list(train_batches(config, data, share, place.device, 0))
     model.train()
+    loss, images = torch.zeros(()), []
     with _Watch(model) as watch:
-        loss = sum((watch.backward(batch, config) / len(batches) for batch in batches), torch.zeros(()))
+        # One after the other: what the model draws is keyed when its micro-batch is handed over.
+        for batch in train_batches(config, data, share, place.device, 0):
+            loss += watch.backward(batch, config, plan.accumulation)
+            images.append(batch.indices.tolist())
     grads = {name: all_sum(p.grad) / place.world for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: float(grad.norm()) for name, grad in grads.items()}
     worst = sorted(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf, reverse=True)
-    mine = {"rank": place.rank, "loss": float(loss), "images": [batch.indices.tolist() for batch in batches],
+    mine = {"rank": place.rank, "loss": float(loss), "images": images,
             "images_not_finite": watch.images, "first_module": watch.module}  # fmt: skip
     ranks = gather(mine)
     seen = {
@@ -113,13 +122,18 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
 
 
 def _is_reproduced(found: Mapping[str, Any]) -> bool:
-    """Whether a step done again has the loss that was recorded, on the same images."""
-    before, now = found["recorded"].get("loss"), found["loss"]
+    """Whether a step done again has the loss and the gradient norm that were recorded, on the same images."""
+    recorded = found["recorded"]
+    return bool(found["same_images"]) and all(
+        name not in recorded or _is_same(recorded[name], found[name]) for name in ("loss", "grad_norm")
+    )
+
+
+def _is_same(before: float | None, now: float) -> bool:
+    """JSON has no numbers that are not finite: they were written as null."""
     if before is None or not math.isfinite(before) or not math.isfinite(now):
-        is_same = before is None or (math.isnan(before), math.isinf(before)) == (math.isnan(now), math.isinf(now))
-    else:
-        is_same = math.isclose(before, now, rel_tol=1e-5)
-    return bool(is_same and found["same_images"])
+        return (before is None or not math.isfinite(before)) and not math.isfinite(now)
+    return math.isclose(before, now, rel_tol=1e-4)
 
 
 class _Watch:
@@ -143,9 +157,9 @@ class _Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def backward(self, batch: Batch, config: RunConfig) -> Tensor:
-        """Add the gradients of a micro-batch; return its loss."""
-        loss = train_loss(self._model, batch, config)
+    def backward(self, batch: Batch, config: RunConfig, accumulation: int) -> Tensor:
+        """Add the gradients of one of a step's micro-batches; return its share of the loss."""
+        loss = train_loss(self._model, batch, config) / accumulation
         loss.backward()
         losses = F.cross_entropy(self._logits.float(), batch.targets, reduction="none")
         self.images += batch.indices[~torch.isfinite(losses).cpu()].tolist()

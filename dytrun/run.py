@@ -22,15 +22,16 @@ from torch import nn
 
 import dytrun
 from dytrun import machine, norm, optim, owner, replay, resume, terminal, watchdog
+from dytrun.agreement import Diverged, Interrupted
 from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.compute import autocast
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.data import RankShare, ValBatches, end_loaders, train_batches
-from dytrun.distributed import Place, barrier, from_first, session
-from dytrun.engine import Diverged, Interrupted, Surroundings, evaluate_state, fit
+from dytrun.distributed import Place, barrier, from_first, gather, session
+from dytrun.engine import Surroundings, evaluate_state, fit, interrupted
 from dytrun.errors import RunError, UserError
-from dytrun.evaluate import evaluate
+from dytrun.evaluate import Halted, evaluate
 from dytrun.model import compile_model, trainable
 from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, whole_file, write_json
 from dytrun.sources import Data, load_data
@@ -130,7 +131,7 @@ def _lead(
 ) -> None:
     """Train as the first rank: the one that shows, logs and writes. `known` of the result, and what is to be said."""
     result, said = known
-    display, ended, in_haste = terminal.Display(config.run_name, around.plan.total_steps, state.step), None, False
+    display, ended = terminal.Display(config.run_name, around.plan.total_steps, state.step), None
     for line in said:
         display.note(line)
     tracker = Tracker(config, directory, Position(state.step, state.is_evaluated), display.note)
@@ -149,13 +150,10 @@ def _lead(
             raise RunError(f"{directory}: the result cannot be written ({error.strerror or error}); make room, and "
                            "type the command again to go on from the last checkpoint") from None  # fmt: skip
         barrier()
-    except Interrupted:
-        in_haste = True
-        raise
     finally:
         around.beat(state.step, watchdog.DONE)  # W&B may take its time
         display.close()
-        tracker.finish(ended, in_haste)
+        tracker.finish(ended, in_haste=ended is None)  # told to stop, or the other ranks wait to end
 
 
 def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
@@ -168,6 +166,8 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
         data = load_data(config.data)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
         saved = store.look_up("BEST" if chosen.checkpoint == "best" else "LATEST")
+        if len(set(gather(saved.step))) > 1:
+            raise UserError(f"{directory}: a checkpoint was written meanwhile; say it again")
         workers = machine.worker_count(chosen.workers, place.device)
         here = place.rank, place.world, place.device
         val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here)
@@ -292,9 +292,13 @@ def _follow(
                 tracker.log(record)
                 display.show(record)
     except Diverged as error:
+        state.step = error.step  # on CUDA more steps were begun, and refused by the device
         return last, f"{error}; {replay.keep(directory, state.model, around, error)}"
     # A run that was stopped between its last checkpoint and its result has nothing left to train.
-    return last or evaluate_state(config, state, around), None
+    try:
+        return last or evaluate_state(config, state, around), None
+    except Halted:
+        raise interrupted(state, around, "its checkpoint is written") from None
 
 
 def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroundings, directory: Path) -> None:

@@ -122,7 +122,7 @@ def snapshot(state: State, more: Mapping[str, Any]) -> tuple[dict[str, Tensors],
     }
 
 
-def to_be_saved(state: State) -> dict[str, Tensors]:
+def to_be_saved(state: State) -> Mapping[str, Tensors]:
     """Return as many bytes as a checkpoint will hold, before the optimizer has its moments: two for each weight."""
     weights = state.model.state_dict()
     return {"model": weights, "first": weights, "second": weights} | ({} if state.ema is None else {"ema": weights})

@@ -130,10 +130,14 @@ def passed_on(note: Path, say: str) -> AbstractContextManager[None]:
         try:
             asked_s = time.time() - note.stat().st_mtime
         except FileNotFoundError:
-            note.write_text(signal.Signals(signum).name)
-            os.write(2, f"dytrun: {signal.Signals(signum).name}: {say}\n".encode())
+            name = signal.Signals(signum).name
+            os.utime(note.with_name(name))
+            note.with_name(name).rename(note)
+            os.write(2, f"dytrun: {name}: {say}\n".encode())
             return
         if asked_s >= AGAIN_S:
             raise KeyboardInterrupt
 
+    for number in SIGNALS:  # now, because there may be no room for it then
+        note.with_name(number.name).write_text(number.name)
     return _handled(pass_on)

@@ -23,6 +23,7 @@ import signal
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from dytrun.records import AXES, RunResult, write_json
 _PROBE_TIMEOUT_S = 2.0
 _INIT_TIMEOUT_S = 10.0
 _FINISH_TIMEOUT_S = 60.0
+_FLUSH_S = 5.0
 _SUMMARY = (
     "status", "top1", "top5", "ema_top1", "ema_top5", "best_top1", "best_epoch", "images_per_s", "step_ms_p50",
     "step_ms_p95", "data_wait_frac", "peak_mem_gib", "num_params", "num_norm_sites", "norm_impl", "device",
@@ -82,8 +84,17 @@ class Link:
         self.run.finish(exit_code=0 if result is not None and result.status == "finished" else 1)
         if self.part is None:
             write_json(self.state, {"id": self.run_id, "rows": self.known_rows})
-        elif not in_haste and _rows_in(self.part) < self.known_rows:
+        elif not in_haste and not self._is_whole(self.part):
             raise OSError(f"not all records could be written to {self.part}")  # of which W&B says nothing
+
+    def _is_whole(self, part: Path) -> bool:
+        """Whether W&B's service has written every record; it does so a moment after it says that it is done."""
+        until = time.monotonic() + _FLUSH_S
+        while _rows_in(part) < self.known_rows:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def choose_mode(tracking: TrackingConfig) -> tuple[str, str]:

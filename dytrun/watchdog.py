@@ -17,16 +17,18 @@ from pathlib import Path
 
 from dytrun.distributed import Place
 
-# What a rank does in a step, in order: of two ranks in the same step the one that is at an earlier part is waited for.
-IMAGES, COMPUTE, AGREE, UPDATE, EVALUATE, SAVE = (
+# What a rank does before a step and in it, in order: of two ranks at the same number of steps the one that is at an
+# earlier part is waited for.
+EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE = (
+    "waits for images of the evaluation",
+    "evaluates",
+    "saves",
     "waits for images",
     "computes, or waits in the exchange of gradients",
     "waits for the other ranks' losses",
     "updates the weights",
-    "evaluates",
-    "saves",
 )
-_ORDER = (IMAGES, COMPUTE, AGREE, UPDATE, EVALUATE, SAVE)
+_ORDER = (EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE)
 # After which a rank is not watched any more.
 DONE = "is done"
 # Seconds that a rank which can still speak has for it.
@@ -78,11 +80,16 @@ class Watchdog:
             faulthandler.dump_traceback_later(last_resort, exit=True)
             if time.monotonic() - self._at > self._timeout_s or any(self._folder.glob("rank-*.json")):
                 break
-        faulthandler.cancel_dump_traceback_later()
-        if not self._closed.is_set():
-            self._report(time.monotonic() - self._at)
+        if self._closed.is_set():
+            faulthandler.cancel_dump_traceback_later()
+            return
+        said = "a rank hangs, and there is no room to say which"
+        try:
+            said = self._report(time.monotonic() - self._at)
+        finally:
+            self._end(said)
 
-    def _report(self, still_s: float) -> None:
+    def _report(self, still_s: float) -> str:
         self._folder.mkdir(exist_ok=True)
         rank = self._place.rank
         with (self._folder / f"rank-{rank}.txt").open("w") as file:
@@ -96,7 +103,7 @@ class Watchdog:
         until = time.monotonic() + _ANSWER_S
         while time.monotonic() < until and len(_reports(self._folder)) < self._place.world:
             time.sleep(0.1)
-        self._end(verdict(_reports(self._folder), self._place.world, self._timeout_s))
+        return verdict(_reports(self._folder), self._place.world, self._timeout_s)
 
 
 def verdict(reports: dict[int, dict], world: int, timeout_s: float) -> str:
@@ -125,11 +132,13 @@ def _reports(folder: Path) -> dict[int, dict]:
 
 
 def _end(said: str) -> None:
-    if note := os.environ.get("DYTRUN_STOP_NOTE"):  # the launcher is here, and says it
-        partial = Path(note).with_name(f"hang.{os.getpid()}")
-        partial.write_text(said)
-        partial.replace(Path(note).with_name("hang"))
-    else:
-        sys.stderr.write(f"dytrun: {said}\n")
-        sys.stderr.flush()
-    os._exit(1)
+    try:
+        if note := os.environ.get("DYTRUN_STOP_NOTE"):  # the launcher is here, and says it
+            partial = Path(note).with_name(f"hang.{os.getpid()}")
+            partial.write_text(said)
+            partial.replace(Path(note).with_name("hang"))
+        else:
+            sys.stderr.write(f"dytrun: {said}\n")
+            sys.stderr.flush()
+    finally:
+        os._exit(1)

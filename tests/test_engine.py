@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 
-from dytrun import engine, optim
+from dytrun import engine, optim, replay
+from dytrun.agreement import LAG, Agreement
 from dytrun.arm import build_arm
+from dytrun.batch import BadImage
 from dytrun.checkpoint import Store
-from dytrun.data import RankShare, ValBatches, train_batches
+from dytrun.data import RankShare, ValBatches, epoch_order, train_batches
 from dytrun.distributed import Place
 from dytrun.engine import Diverged, Interrupted, Surroundings, fit
 from dytrun.errors import UserError
@@ -403,6 +405,44 @@ def test_evaluation_of_a_model_with_drop_path_draws_nothing(tmp_path):
     bench.state.model.train()
     one, other = (engine.evaluate_state(bench.config, bench.state, bench.around()).raw.loss for _ in range(2))
     assert one == other
+
+
+def test_a_step_done_again_is_the_step(tmp_path):
+    """A spike, whose numbers are finite, in four micro-batches with drop-path and mixing: the same loss and norm."""
+    overrides = ("norm=dyt", "model.drop_path=0.5", "machine.max_batch_per_rank=8", "augment.mixup=0.8")
+    bench = Bench(tmp_path, *overrides)
+    around = dataclasses.replace(bench.around(), facts={"data": bench.data.facts})
+    (*_, verdict) = bench.steps(4, around)
+    again = Bench(tmp_path, *overrides)
+    again.steps(3)
+    said = Diverged("", 3, [], {"loss": verdict.loss, "grad_norm": verdict.grad_norm})
+    order = epoch_order(1437, seed=0, epoch=0)[3 * 32 : 4 * 32]
+    said.samples = [order[i : i + 8].tolist() for i in range(0, 32, 8)]
+    assert "dytrun replay" in replay.keep(tmp_path, again.state.model, around, said)
+    model = Bench(tmp_path / "other", *overrides, "seed=1").state.model
+    found = replay.again(bench.config, tmp_path, bench.data, (model, bench.plan), PLACE)
+    assert (found["step"], found["is_reproduced"]) == (3, True)
+    assert found["loss"] == pytest.approx(verdict.loss, rel=1e-6)
+    assert found["grad_norm"] == pytest.approx(verdict.grad_norm, rel=1e-5)
+    assert found["ranks"][0]["images_not_finite"] == []
+    assert found["ranks"][0]["first_module"] is None
+
+
+def test_on_a_device_that_is_behind_nothing_is_lost_of_the_last_steps(tmp_path, monkeypatch):
+    """The host reads a step's numbers two steps later on CUDA; so here too."""
+    monkeypatch.setattr(engine, "Agreement", lambda device, lag, losses: Agreement(device, LAG, losses))
+    bench = Bench(tmp_path, "norm=ln")
+
+    def micros():
+        for number, batch in enumerate(Bench(tmp_path / "x", "norm=ln").around().train):
+            bad = {7: BadImage("a.jpg", "empty", "b.jpg")} if number == 3 else {}
+            yield batch._replace(bad=bad)
+
+    with pytest.raises(Interrupted, match="after step 5"):
+        list(fit(bench.config, bench.state, bench.around(micros(), stop_at=2)))
+    again = Bench(tmp_path, "norm=ln").take_up()
+    assert (again.state.substituted, list(again.state.bad_images)) == (1, [7])
+    assert again.state.window.steps == 5
 
 
 def test_seeds_give_other_weights():

@@ -103,6 +103,20 @@ def test_ranks_that_die_are_started_again_as_often_as_asked(warm, whole, tmp_pat
     assert essence(tmp_path / "runs") == whole
 
 
+def test_a_stop_that_a_crash_cuts_short_is_no_reason_to_start_again(warm, tmp_path):
+    runs = tmp_path / "runs"
+    job = warm.start(tmp_path / "log", *RUN, f"runs_dir={runs}", "machine.max_restarts=1")
+    victim = job.find("rank 1 of 2")
+    job.until(lambda: step_of(runs) > 30)
+    os.kill(victim, signal.SIGSTOP)
+    os.kill(job.pid, signal.SIGTERM)
+    time.sleep(1)
+    os.kill(victim, signal.SIGKILL)
+    assert job.wait() == 75, job.said()
+    assert "told to stop, but before it had: rank 1 died: SIGKILL" in job.said()
+    assert "starting again" not in job.said()
+
+
 def test_a_crash_without_progress_ends_after_the_bound(warm, tmp_path):
     runs = tmp_path / "runs"
     job = warm.start(tmp_path / "log", *RUN, f"runs_dir={runs}", "machine.max_restarts=2", "checkpoint.every_epochs=12")
@@ -123,7 +137,8 @@ def test_a_crash_without_progress_ends_after_the_bound(warm, tmp_path):
 def test_a_run_that_diverges_can_be_asked_where(warm, tmp_path):
     """float16's range: a learning rate that throws the weights out of it, on two ranks."""
     runs = tmp_path / "runs"
-    run = ("train", *TINY, "norm=ln", "machine.devices=2", "global_batch=64", "optim.lr=1e20", f"runs_dir={runs}")
+    run = ("train", *TINY, "norm=ln", "machine.devices=2", "global_batch=64", "optim.lr=1e20", f"runs_dir={runs}",
+           "machine.max_batch_per_rank=16", "model.drop_path=0.1")  # fmt: skip
     job = warm.run(tmp_path / "log", *run)
     assert job.code == 1, job.said()
     directory = only(runs)
@@ -132,7 +147,7 @@ def test_a_run_that_diverges_can_be_asked_where(warm, tmp_path):
     kept = json.loads((directory / "diverged" / "step.json").read_text())
     assert result.message.startswith(f"loss or gradient not finite at step {kept['step']} (loss nan")
     assert result.message.endswith(f"do that step again: dytrun replay {directory}")
-    assert [len(one["images"]) for one in kept["ranks"]] == [1, 1]
+    assert [len(one["images"]) for one in kept["ranks"]] == [2, 2], "micro-batches"
     images = [index for one in kept["ranks"] for part in one["images"] for index in part]
     assert len(set(images)) == 64
     again = warm.run(tmp_path / "log2", "replay", str(directory), "devices=2")

@@ -46,14 +46,15 @@ MAY_IMPORT = {
         "arm", "augment", "config", "convert", "machine", "model", "optim", "sites", "sources", "warmstart",
     },
     "run": {
-        "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate", "machine",
+        "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
+        "machine",
         "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
         "throughput", "tracking", "validation", "warmstart", "watchdog",
     },
     "resume": {"checkpoint", "config", "distributed", "errors", "machine", "optim", "owner", "sources"},
     "replay": {
-        "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "optim", "records",
-        "sources",
+        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "optim",
+        "records", "sources",
     },
     "arm": {"augment", "config", "convert", "data", "model", "sites"},
     "warmstart": {
