@@ -35,10 +35,12 @@ getproctitle()
 _LOST_PEER = ("torch/distributed/distributed_c10d.py", "Connection closed by peer", "Connection reset", "NCCL", "gloo")
 # How often it is looked after the ranks, and how long the others may still speak when one has gone.
 _LOOK_S, _LAST_WORDS_S = 0.2, 1.0
+# Long enough for ranks to be forked, which a thread at work could spoil.
+_FORK_S = 2.0
 # Longer than the launcher takes to see that a rank has died, and to end the others.
 GRIEF_S = 8.0
 
-# Whether this process is a job that a pool has forked (enter_job).
+# Whether this process is a job that a pool has forked (enter_job), and has started no ranks yet.
 _is_forked_job = False
 
 
@@ -93,7 +95,11 @@ def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int, is
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    method = _start_method()
     warm_up()
+    # A process that has started ranks has threads of torchelastic's, which a second fork would tear.
+    global _is_forked_job
+    _is_forked_job = False
     # Their warnings repeat at length what the exception says; torchelastic sets a level on each of its loggers.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
@@ -108,7 +114,7 @@ def start_ranks(entry: Callable[..., Any], args: tuple[Any, ...], world: int, is
             rdzv_endpoint="localhost:0",
             rdzv_configs={"is_host": True},
             local_addr="localhost",
-            start_method=_start_method(),
+            start_method=method,
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
@@ -163,6 +169,7 @@ def _end_with_the_first(folder: Path, is_over: threading.Event) -> None:
 
     torchelastic asks them to leave, which one that trains takes for a wish to stop, and waits half a minute for it.
     """
+    is_over.wait(_FORK_S)
     while not is_over.wait(_LOOK_S):
         ranks = {path.stem: int(path.read_text() or 0) for path in folder.glob("*.pid")}
         left = {name: pid for name, pid in ranks.items() if not (folder / f"{name}.done").exists()}
