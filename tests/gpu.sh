@@ -30,3 +30,7 @@ done
 
 # Compile time and step time of a ViT-B and a ConvNeXt-B: uncompiled, block by block, whole. About six minutes.
 python3 tests/scaling.py --rounds 1 2>&1 | tee "$out/scaling.log"
+
+# What checkpoints cost a ViT-B, with this machine's disk. About two minutes.
+python3 tests/checkpoint_cost.py --every 20 --steps 100 model=vit_b precision=bf16 global_batch=128 \
+  machine.max_batch_per_rank=128 ema=on 2>&1 | tee "$out/checkpoint_cost.log"

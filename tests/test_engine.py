@@ -265,7 +265,7 @@ def state_of(bench: Bench) -> dict:
     tensors |= {f"{index}.{name}": value for index, one in moments.items() for name, value in one.items()}
     tensors |= {} if state.ema is None else {f"ema.{name}": v for name, v in state.ema.module.state_dict().items()}
     plain = state.step, state.is_evaluated, state.best, state.window, state.losses, state.spikes, state.weights_sha256
-    return {name: value.numpy().tobytes() for name, value in tensors.items()} | {
+    return {name: value.cpu().numpy().tobytes() for name, value in tensors.items()} | {
         "plain": plain, "scale": state.scaler.state_dict(),
     }  # fmt: skip
 
