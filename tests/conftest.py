@@ -162,6 +162,14 @@ def wait_for_title(title: str, ancestor: int, timeout_s: float = 60) -> int:
     raise TimeoutError(f"no process {title!r} under {ancestor}")
 
 
+def is_gone(group: int, within_s: float = 5) -> bool:
+    """Whether nothing of a process group is left, a few seconds later at most."""
+    until = time.monotonic() + within_s
+    while alive_in_group(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive_in_group(group)
+
+
 def alive_in_group(group: int) -> bool:
     """Whether a process group has a process left that is no zombie."""
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -41,6 +41,7 @@ def test_the_default_is_the_papers_recipe():
     assert config.optim == OptimConfig(
         lr=4e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, min_lr=1e-6, warmup_epochs=20, clip_grad=None,
         layer_decay=1.0,
+        stop_at_spike=False,
     )  # fmt: skip
     assert (config.epochs, config.global_batch, config.seed, config.precision) == (300, 4096, 0, "fp32")
     assert (config.ema.enabled, config.ema.decay) == (True, 0.9999)

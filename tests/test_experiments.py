@@ -87,7 +87,7 @@ def test_a_page_is_the_papers_recipe(page):
     betas = (0.9, 0.95) if "large_patch16" in model else (0.9, 0.999)
     assert config.optim.model_dump() == {
         "lr": changed.get("lr", 4e-3), "betas": betas, "eps": 1e-8, "weight_decay": 0.05, "min_lr": 1e-6,
-        "warmup_epochs": 20, "clip_grad": None, "layer_decay": 1.0,
+        "warmup_epochs": 20, "clip_grad": None, "layer_decay": 1.0, "stop_at_spike": False,
     }  # fmt: skip
     assert config.augment.model_dump() == {
         "scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": "bicubic", "hflip": 0.5,

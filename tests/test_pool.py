@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, alive_in_group, dytrun, only, wait_for_title
+from conftest import TINY, dytrun, is_gone, only, wait_for_title
 
 from dytrun import machine
 from dytrun.errors import UserError
@@ -44,7 +44,7 @@ def test_a_killed_and_a_diverging_job_leave_the_others_alone(tmp_path):
     assert "1 of 4 runs failed" in err
     table = out[out.rindex("4 runs, 2 at a time") :]
     assert [word for word in ("failed", "finished", "diverged") if word in table] == ["failed", "finished", "diverged"]
-    assert not alive_in_group(process.pid)
+    assert is_gone(process.pid)
     assert list((tmp_path / "runs").glob(f".sweeps/*/logs/{killed}.log")), "the log of what failed is kept"
 
     again = dytrun(*args)
@@ -72,10 +72,7 @@ def test_stopping_the_pool_ends_every_job(tmp_path, how):
         time.sleep(0.1)
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
-    until = time.time() + 5
-    while alive_in_group(process.pid) and time.time() < until:
-        time.sleep(0.1)
-    assert not alive_in_group(process.pid)
+    assert is_gone(process.pid)
     if how == signal.SIGTERM:
         assert process.returncode == 75, err
         assert "was not started" in err

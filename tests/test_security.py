@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,8 @@ def test_a_users_own_settings_of_a_launcher_are_taken(tmp_path):
 
     found = expand([*TINY, "-m", "hydra/launcher=mine", "--config-dir", str(tmp_path)])
     assert (found.launcher["_target_"], found.launcher["jobs"]) == ("hydra_plugins.dytrun.LocalPool", 1)
-    for installed in ("joblib", "submitit_local", "submitit_slurm"):
+    joblib = ["joblib"] if find_spec("hydra_plugins.hydra_joblib_launcher") else []
+    for installed in (*joblib, "submitit_local", "submitit_slurm"):
         assert installed.partition("_")[0] in expand([*TINY, "-m", f"hydra/launcher={installed}"]).launcher["_target_"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, alive_in_group, only, processes
+from conftest import TINY, is_gone, only, processes
 from safetensors.torch import load_file
 from warm import Warm, essence, step_of
 
@@ -51,10 +51,7 @@ def ended(run: subprocess.Popen[str], within_s: float = 15) -> str:
     out, err = run.communicate(timeout=within_s)
     assert run.returncode == 75, out + err
     assert "Traceback" not in err
-    until = time.monotonic() + 5
-    while alive_in_group(run.pid) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not alive_in_group(run.pid)
+    assert is_gone(run.pid)
     return err
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, alive_in_group, ancestors, dytrun, lines, only, processes, wait_for_title
+from conftest import TINY, ancestors, dytrun, is_gone, lines, only, processes, wait_for_title
 
 from dytrun.records import METRICS, RunResult
 
@@ -198,7 +198,7 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path, rank):
     assert process.returncode == 1
     assert f"rank {rank} died: SIGKILL, process {victim}" in err
     assert "Traceback" not in err
-    assert not alive_in_group(process.pid)
+    assert is_gone(process.pid)
     result = RunResult.load(only(tmp_path / "runs") / "result.json")
     assert result.status == "failed"
     assert result.message.startswith(f"rank {rank} died: SIGKILL")
@@ -299,10 +299,7 @@ def test_stopping_leaves_no_process_and_no_noise(tmp_path, how, code):
         os.kill(process.pid, signal.SIGTERM if how == "terminate" else signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    until = time.time() + 5
-    while alive_in_group(process.pid) and time.time() < until:
-        time.sleep(0.2)
-    assert not alive_in_group(process.pid)
+    assert is_gone(process.pid)
     if code == 75:
         assert "type the command again" in err
         assert "Traceback" not in err

@@ -248,5 +248,5 @@ def test_a_slow_server_and_a_full_disk_of_wandb_slow_no_step(tmp_path, track, se
         assert seen["code"] == 0, name
         assert seen["start_s"] < 8, name
         assert max(seen["log_s"]) < 0.5, name
-        assert seen["finish_s"] < 5, name
+        assert seen["finish_s"] < 10, name  # W&B's own five seconds to write, and a busy machine's
         assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == count

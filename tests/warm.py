@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import alive_in_group, lines, only, processes
+from conftest import alive_in_group, is_gone, lines, only, processes
 
 from dytrun.records import RunResult
 
@@ -101,10 +101,7 @@ class Job:
     @property
     def is_gone(self) -> bool:
         """Whether nothing of it is left, a few seconds later at most."""
-        end = time.monotonic() + 5
-        while alive_in_group(self.pid) and time.monotonic() < end:
-            time.sleep(0.05)
-        return not alive_in_group(self.pid)
+        return is_gone(self.pid)
 
 
 def step_of(directory: Path) -> int:
