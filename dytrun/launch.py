@@ -263,14 +263,7 @@ def replay(config: ReplayConfig) -> dict[str, Any] | None:
         UserError: there is no such run, it has not diverged, or the ranks are not as many.
         ranks.Failed: a rank died or raised.
     """
-    ranks.warm_up()
-    from dytrun import machine, run
-
-    directory = Path(config.dir)
-    run.load_config(directory)
-    _, world = machine.resolve_devices(config.devices)
-    args = (str(directory.resolve()), config.model_dump_json())
-    return run.replay_rank(*args) if is_joined() else ranks.start_ranks(run.replay_rank, args, world)
+    return _on_ranks("replay_rank", config)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -280,18 +273,26 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         UserError: there is no such run, checkpoint or data.
         ranks.Failed: a rank died or raised.
     """
+    found = _on_ranks("evaluate_rank", config)
+    if found is not None:
+        figures = {
+            name: {"top1": one.top1, "top5": one.top5, "loss": one.loss, "num": one.num}
+            for name, one in found["accuracy"].items()
+        }
+        write_json(Path(config.dir) / "eval.json", {"checkpoint": config.checkpoint, "step": found["step"]} | figures)
+    return found or {}
+
+
+def _on_ranks(entry: str, config: EvalConfig | ReplayConfig) -> dict[str, Any] | None:
+    """Do something with a finished run on as many ranks as are asked for, or as one of a group that another started.
+
+    `entry` is a function's name in `run`, which is imported when the server of the ranks is on its way.
+    """
     ranks.warm_up()
     from dytrun import machine, run
 
     directory = Path(config.dir)
     run.load_config(directory)
     _, world = machine.resolve_devices(config.devices)
-    args = (str(directory.resolve()), config.model_dump_json())
-    found = run.evaluate_rank(*args) if is_joined() else ranks.start_ranks(run.evaluate_rank, args, world)
-    if found is not None:
-        figures = {
-            name: {"top1": one.top1, "top5": one.top5, "loss": one.loss, "num": one.num}
-            for name, one in found["accuracy"].items()
-        }
-        write_json(directory / "eval.json", {"checkpoint": config.checkpoint, "step": found["step"]} | figures)
-    return found or {}
+    function, args = getattr(run, entry), (str(directory.resolve()), config.model_dump_json())
+    return function(*args) if is_joined() else ranks.start_ranks(function, args, world)

@@ -48,6 +48,15 @@ def _alone(tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """Commands that start in a moment."""
+    from warm import Warm
+
+    with Warm() as one:
+        yield one
+
+
 def config_of(*overrides: str) -> RunConfig:
     """Return what the command line makes of `overrides`."""
     return expand(overrides).configs[0]

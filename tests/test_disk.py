@@ -56,12 +56,6 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def warm():
-    with Warm() as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
 def whole(warm, tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     sizes, is_over = [0], threading.Event()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, alive_in_group, image_files, only, processes
-from warm import Warm, essence, step_of
+from warm import essence, step_of
 
 from dytrun.records import RunResult
 
@@ -18,12 +18,6 @@ pytestmark = pytest.mark.slow
 RUN = ("train", *TINY, "norm=dyt", "epochs=12", "ema=on", "augment=light", "model.drop_path=0.1", "machine.workers=1",
        "machine.devices=2", "global_batch=64", "tracking.log_every_steps=5")  # fmt: skip
 HANG_S = 5
-
-
-@pytest.fixture(scope="module")
-def warm():
-    with Warm() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

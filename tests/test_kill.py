@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from warm import Warm, chosen, essence, step_of
+from warm import chosen, essence, step_of
 
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(3600)]
 
@@ -20,12 +20,6 @@ KILLS = int(os.environ.get("DYTRUN_KILLS", "10"))
 RUN = (*TINY, "norm=dyt", "epochs=12", "ema=on", "augment=light", "augment.mixup=0.8", "model.drop_path=0.1",
        "machine.workers=1", "machine.max_batch_per_rank=8", "tracking.log_every_steps=7",
        "checkpoint.every_minutes=0.005")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def warm():
-    with Warm() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, is_gone, only, processes
 from safetensors.torch import load_file
-from warm import Warm, essence, step_of
+from warm import essence, step_of
 
 from dytrun.records import RunResult
 
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.slow
 
 RUN = ("train", *TINY, "norm=dyt", "epochs=20", "ema=on", "augment=light", "model.drop_path=0.1", "machine.devices=2",
        "machine.workers=1", "global_batch=64", "tracking.log_every_steps=10")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def warm():
-    with Warm() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")
