@@ -1,4 +1,4 @@
-"""The layers that take the place of a norm: one shape, a line for each function.
+"""The layers that take the place of a norm: one shape, a line for each function, and which implementation runs where.
 
     y = weight * f(alpha * x [+ shift]) + bias
 
@@ -6,20 +6,33 @@ alpha, and shift where there is one, is a learnable scalar a layer (or a value a
 a channel. No statistics are computed. `RmsNorm` and `GroupNorm`, at the end, are the comparators that do compute some.
 Axes: channels last (..., C), as tokens have them, or channels first (B, C, H, W).
 
+The maths is float32 (float64 for float64) in all implementations. What comes out has the dtype of x, or of autocast
+where that is on, as a linear layer's output has.
+
 Published figures are ImageNet-1K top-1 in percent: of DyT's paper (arXiv 2503.10622 v2; recipe with drop-path 0.1 for
 ViT-B), or of Derf's (arXiv 2512.10938 v2; every function there has a learnable shift, drop-path 0.15 for ViT-B).
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dytrun import cpu_kernels
+
 # Said in every result: which implementation a speed belongs to.
-FORMULA = "row-expanded formula"
+IMPLEMENTATIONS = {
+    "formula": "row-expanded formula",
+    "triton": "Triton op",
+    "native": "C++ op",
+    "torch": "sigmoid-form Function",
+}
+_OF_NORMS = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"}
 
 
 def dyt(z: Tensor) -> Tensor:
@@ -104,14 +117,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 FUNCTIONS["dyisru"] = isru
 
 
-def point_wise(
+def formula(
     f: Callable[[Tensor], Tensor],
     x: Float[Tensor, "..."],
     inner: tuple[Tensor, Tensor | None],
     affine: tuple[Tensor | None, Tensor | None],
     channel_axis: int = -1,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "..."]:
-    """Compute weight * f(alpha * x + shift) + bias, in float32 or better, and return it in the dtype of x.
+    """Compute weight * f(alpha * x + shift) + bias in torch's operators, and return it as `dtype`, or as x is.
 
     `inner` is (alpha, shift), each of shape (1,) or (C,); `affine` is (weight, bias), each (C,); None leaves one out.
 
@@ -133,7 +147,57 @@ def point_wise(
         y = y * weight.view(channels)
     if bias is not None:
         y = y + bias.view(channels)
-    return y.to(x.dtype)
+    return y.to(dtype or x.dtype)
+
+
+def implementation(x: Tensor, function: str) -> str:
+    """Choose what computes a function of these activations, a key of IMPLEMENTATIONS: the one place where it is chosen.
+
+    Under torch.compile, export and tracing it is the formula, because a compiler fuses it with what stands around it
+    and cannot look into an op; so it is where tensors are not plain ones (torch.func, fake tensors), and for a
+    function or a dtype that no kernel is there for.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return "formula"
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return "formula"
+    if x.is_cuda:
+        return "triton" if _triton() and _triton().fits(x, function) else "formula"
+    if x.device.type == "cpu" and function == "dyt":
+        return "native" if cpu_kernels.fits_native(x, out_dtype(x)) else "torch"
+    return "formula"
+
+
+def described(name: str, compiled: str, device: torch.device) -> str:
+    """Say what computes the norms of a run: of `norm=name` under `machine.compile=compiled`, float32 at rest.
+
+    Asked within the run's autocast.
+    """
+    eager = _OF_NORMS.get(name) or IMPLEMENTATIONS[implementation(torch.empty(0, device=device), name)]
+    traced = _OF_NORMS.get(name, IMPLEMENTATIONS["formula"])
+    return {
+        "off": f"{eager}, eager",
+        "blocks": f"{traced}, compiled block by block; {eager}, eager, outside the blocks",
+        "model": f"{traced}, compiled whole",
+    }[compiled]
+
+
+def out_dtype(x: Tensor) -> torch.dtype:
+    """Return autocast's dtype where that is on for these activations, else their own."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Return the Triton kernels, or None where Triton is not installed."""
+    try:
+        from dytrun import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 class PointWise(nn.Module):
@@ -168,18 +232,35 @@ class PointWise(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_channels))
         self.gain = math.sqrt(num_channels) if function == "dyisru" else 1.0
+        self.implementation: str | None = None
+        """A key of IMPLEMENTATIONS where a benchmark wants it to be that one; None leaves it to `implementation`."""
         self.replaced: tuple[str, ...] = ()
         self.drop: nn.Module | None = None
         self.act: nn.Module | None = None
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Map activations of any shape with C on the channel axis to the same shape and dtype."""
+        """Map activations of any shape with C on the channel axis to the same shape, in `out_dtype(x)`."""
         weight = self.weight
         if self.gain != 1.0:
             ones = torch.ones(self.normalized_shape, device=x.device) if weight is None else weight
             weight = self.gain * ones.to(torch.promote_types(ones.dtype, torch.float32))
-        inner, affine = (self.alpha, self.shift), (weight, self.bias)
-        return _fused(self, point_wise(FUNCTIONS[self.function], x, inner, affine, self.channel_axis))
+        return _fused(self, self._computed(x, (self.alpha, self.shift), (weight, self.bias)))
+
+    def _computed(
+        self, x: Tensor, inner: tuple[Tensor, Tensor | None], affine: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        axis, dtype = self.channel_axis, out_dtype(x)
+
+        def by_formula(x: Tensor, inner: Any, affine: Any) -> Tensor:
+            return formula(FUNCTIONS[self.function], x, inner, affine, axis, dtype)
+
+        which = self.implementation or implementation(x, self.function)
+        if which == "formula":
+            return by_formula(x, inner, affine)
+        if which == "triton":
+            return _triton().point_wise(x, inner, affine, self.function, axis, dtype)
+        call = cpu_kernels.Call(axis, dtype, which == "native", by_formula)
+        return cpu_kernels.point_wise(x, inner, affine, call)
 
     def extra_repr(self) -> str:
         """Say channels, function, initial alpha and layout."""

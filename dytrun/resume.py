@@ -123,6 +123,6 @@ def remark(step: int, changed: Mapping[str, list[Any]]) -> str:
 def _code_digest() -> str:
     """Twelve hex digits of dytrun's own source."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted([*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.cpp")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

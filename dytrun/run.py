@@ -42,9 +42,6 @@ from dytrun.tracking import Tracker
 from dytrun.validation import validate
 from dytrun.warmstart import calibrate_start, load_start, wants_calibration
 
-# Which implementation computes the norms that are no point-wise layers.
-_NORM_IMPL = {"ln": "F.layer_norm", "rms": "F.rms_norm", "group": "F.group_norm"}
-
 
 def train_rank(run_dir: str) -> str | None:
     """Train the run of `run_dir` on this rank, which `launch` has started for it; say if it was stopped, and where."""
@@ -210,11 +207,12 @@ def load_config(run_dir: Path) -> RunConfig:
 
 def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict[str, Any]:
     """Return the fields of a result that are known before the first step."""
-    compiled = {"off": "eager", "blocks": "compiled block by block", "model": "compiled whole"}[config.machine.compile]
+    with autocast(config, place.device):
+        computed = norm.described(config.norm.name, config.machine.compile, place.device)
     commit, dirty = machine.commit()
     return identity(config) | {
         "num_params": trainable(model),
-        "norm_impl": f"{_NORM_IMPL.get(config.norm.name, norm.FORMULA)}, {compiled}",
+        "norm_impl": computed,
         "device": machine.device_name(place.device),
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,

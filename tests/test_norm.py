@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dytrun.config import PointWiseConfig
-from dytrun.norm import FUNCTIONS, GroupNorm, PointWise, RmsNorm, dyt, point_wise
+from dytrun.norm import FUNCTIONS, GroupNorm, PointWise, RmsNorm, dyt, formula
 
 # f(z) at z = -3, -0.5, 0, 0.5 and 3, from the definitions with the standard library's math.
 AT = (-3.0, -0.5, 0.0, 0.5, 3.0)
@@ -85,14 +85,14 @@ def test_the_formula_by_hand():
     x = torch.tensor([[0.0, 1.0], [-2.0, 4.0]], dtype=torch.float64)
     alpha, shift = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
     weight, bias = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.25, -1.0], dtype=torch.float64)
-    y = point_wise(dyt, x, (alpha, None), (weight, bias))
+    y = formula(dyt, x, (alpha, None), (weight, bias))
     expected = [[0.25, 2 * math.tanh(0.5) - 1], [math.tanh(-1) + 0.25, 2 * math.tanh(2) - 1]]
     assert torch.allclose(y, torch.tensor(expected, dtype=torch.float64), rtol=1e-15)
-    y = point_wise(torch.erf, x, (alpha, shift), (weight, bias))
+    y = formula(torch.erf, x, (alpha, shift), (weight, bias))
     expected = [[math.erf(0.25) + 0.25, 2 * math.erf(0.75) - 1], [math.erf(-0.75) + 0.25, 2 * math.erf(2.25) - 1]]
     assert torch.allclose(y, torch.tensor(expected, dtype=torch.float64), rtol=1e-15)
     channel = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    y = point_wise(dyt, x, (channel, None), (None, None))
+    y = formula(dyt, x, (channel, None), (None, None))
     assert torch.allclose(y, torch.tanh(x * channel), rtol=1e-15)
 
 
@@ -166,7 +166,7 @@ def test_gradients_in_float64(shape, axis, size):
     weight, bias = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for f in (torch.tanh, FUNCTIONS["isru"]):
         assert torch.autograd.gradcheck(
-            lambda x, a, s, w, b, f=f: point_wise(f, x, (a, s), (w, b), axis), (x, alpha, shift, weight, bias)
+            lambda x, a, s, w, b, f=f: formula(f, x, (a, s), (w, b), axis), (x, alpha, shift, weight, bias)
         )
 
 
@@ -185,7 +185,7 @@ def test_channels_first_is_channels_last_moved(name):
 def test_a_square_image_with_as_many_channels_uses_the_channel_axis():
     # Where W = C, the wrong axis would broadcast without a word.
     x, weight = torch.ones(1, 3, 3, 3), torch.tensor([1.0, 2.0, 3.0])
-    y = point_wise(dyt, x, (torch.tensor([1.0]), None), (weight, None), 1)
+    y = formula(dyt, x, (torch.tensor([1.0]), None), (weight, None), 1)
     for channel in range(3):
         assert y[0, channel].unique().item() == pytest.approx((channel + 1) * math.tanh(1), rel=1e-6)
 
@@ -195,7 +195,7 @@ def test_maths_is_float32_or_better_and_the_dtype_is_that_of_the_input(dtype):
     torch.manual_seed(0)
     x, alpha = torch.randn(64, 8).to(dtype), torch.tensor([0.5])
     weight, bias = torch.randn(8), torch.randn(8)
-    y = point_wise(dyt, x, (alpha, None), (weight, bias))
+    y = formula(dyt, x, (alpha, None), (weight, bias))
     exact = weight.double() * torch.tanh(0.5 * x.double()) + bias.double()
     assert y.dtype == dtype
     # One rounding to the output dtype, and one of float32 on the way to it.
@@ -205,14 +205,14 @@ def test_maths_is_float32_or_better_and_the_dtype_is_that_of_the_input(dtype):
 
 def test_missing_affine_parts_stay_missing():
     x, alpha = torch.randn(2, 3), torch.tensor([0.5])
-    assert torch.equal(point_wise(dyt, x, (alpha, None), (None, None)), torch.tanh(0.5 * x))
-    assert point_wise(dyt, torch.empty(0, 3), (alpha, None), (None, None)).shape == (0, 3)
+    assert torch.equal(formula(dyt, x, (alpha, None), (None, None)), torch.tanh(0.5 * x))
+    assert formula(dyt, torch.empty(0, 3), (alpha, None), (None, None)).shape == (0, 3)
 
 
 def test_the_gradient_of_alpha_is_a_sum_a_row_first():
     """The expanded alpha is what lets a compiler fold its gradient into the one backward kernel."""
     x, alpha = torch.randn(4, 6), torch.tensor([0.5], requires_grad=True)
-    node = point_wise(dyt, x, (alpha, None), (None, None)).grad_fn
+    node = formula(dyt, x, (alpha, None), (None, None)).grad_fn
     names = []
     while node is not None and node.next_functions:
         names.append(type(node).__name__)

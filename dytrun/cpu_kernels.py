@@ -1,0 +1,217 @@
+"""DyT on a CPU, in eager mode: one pass over memory forward and one back, and x alone is kept between them.
+
+`cpu_kernels.cpp` is compiled once a machine, in a second, and kept in the user's cache. Where there is no C++ compiler
+with OpenMP, the same is done with torch's own operators, tanh by way of its sigmoid: 2 sigmoid(2 z) - 1.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+# Without -ffast-math: a NaN has to come out as one, or a run would not notice that it has diverged.
+_FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+)  # fmt: skip
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_Two = tuple[Tensor | None, Tensor | None]
+_Inner = tuple[Tensor, Tensor | None]
+_SUMS = 4  # rows of what the backward pass sums up: for alpha, shift, weight, bias
+
+
+class _Layout(ctypes.Structure):
+    """Activations as a dense matrix of rows × cols; see cpu_kernels.cpp."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("in_columns", ctypes.c_int),
+    )
+
+
+class Call(NamedTuple):
+    """What the two passes know besides tensors."""
+
+    channel_axis: int
+    out_dtype: torch.dtype
+    is_native: bool
+    """Whether the compiled kernel computes, else torch's operators."""
+    formula: Callable[..., Tensor]
+    """The same in differentiable operators, for gradients of gradients: (x, (alpha, shift), (weight, bias))."""
+
+
+def point_wise(
+    x: Tensor, inner: tuple[Tensor, Tensor | None], affine: tuple[Tensor | None, Tensor | None], call: Call
+) -> Tensor:
+    """Compute weight * tanh(alpha * x + shift) + bias in float32 (float64 for float64) as `call.out_dtype`.
+
+    `inner` is (alpha, shift), each of shape (1,) or (C,); `affine` is (weight, bias), each (C,); None leaves one out.
+    """
+    return _PointWise.apply(x, *inner, *affine, call)
+
+
+def fits_native(x: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether there is a compiled kernel for these dtypes: float32 and bfloat16 it takes, float16 and float64 not."""
+    return x.dtype in _DTYPES and out_dtype in _DTYPES and library() is not None
+
+
+class _PointWise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                call: Call) -> Tensor:  # fmt: skip
+        ctx.call = call
+        ctx.save_for_backward(x, alpha, shift, weight, bias)
+        return (_native_forward if call.is_native else _torch_forward)(x, (alpha, shift), (weight, bias), call)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, shift, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient of this gradient
+            given = [value for value, wants in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if wants]
+            y = ctx.call.formula(x, (alpha, shift), (weight, bias))
+            found = iter(torch.autograd.grad(y, given, grads[0], create_graph=True))
+            return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None
+        backward = _native_backward if ctx.call.is_native else _torch_backward
+        dx, sums = backward(grads[0], x, (alpha, shift), weight, ctx.call)
+        values = (value if wants else None for value, wants in
+                  zip((alpha, shift, weight, bias), ctx.needs_input_grad[1:5], strict=True))  # fmt: skip
+        return dx, *(_like(total, value) for total, value in zip(sums, values, strict=True)), None
+
+
+def _like(total: Tensor, value: Tensor | None) -> Tensor | None:
+    """Bring a sum a channel to the shape and dtype of the parameter it is the gradient of."""
+    return None if value is None else (total.sum().view(1) if value.numel() == 1 else total).to(value.dtype)
+
+
+def _native_forward(x: Tensor, inner: _Inner, affine: _Two, call: Call) -> Tensor:
+    x, layout = _dense(x, call.channel_axis)
+    y = torch.empty_like(x, dtype=call.out_dtype)
+    _run("forward", (x, y), (x, y), _rows(layout.channels, (*inner, *affine)), layout)
+    return y
+
+
+def _native_backward(dy: Tensor, x: Tensor, inner: _Inner, weight: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    x, layout = _dense(x, call.channel_axis)
+    if dy.stride() != x.stride():  # also what was expanded
+        dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    dx = torch.empty_like(x)
+    sums = torch.empty(_SUMS, layout.channels, dtype=torch.float64)
+    _run("backward", (x, dy), (x, dy, dx), _rows(layout.channels, (*inner, weight)), layout, sums)
+    return dx, sums
+
+
+def _run(
+    name: str, typed: tuple[Tensor, Tensor], tensors: tuple[Tensor, ...], rows: Tensor, layout: _Layout, *sums: Tensor
+) -> None:
+    """Call the kernel of these two dtypes."""
+    native = library()
+    assert native is not None
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, *rows, *sums)]
+    kernel = getattr(native, "_".join((name, *(_DTYPES[tensor.dtype] for tensor in typed))))
+    kernel(*pointers, layout, ctypes.c_int(torch.get_num_threads()))
+
+
+def _rows(channels: int, values: tuple[Tensor | None, ...]) -> Tensor:
+    """Bring alpha, shift, weight (and bias) to one float32 value a channel; an absent one changes nothing."""
+    rows = torch.empty(len(values), channels)
+    for row, value, absent in zip(rows, values, (1.0, 0.0, 1.0, 0.0), strict=False):
+        row.fill_(absent) if value is None else row.copy_(value.detach())
+    return rows
+
+
+def _dense(x: Tensor, channel_axis: int) -> tuple[Tensor, _Layout]:
+    """Return x, or a copy of it, without gaps in memory, and how its channels lie there."""
+    channels = x.shape[channel_axis]
+    is_last = channel_axis == -1 or channel_axis == x.ndim - 1
+    if not is_last and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        is_last = True
+    else:
+        x = x.contiguous()
+    rows = x.numel() // max(1, channels) if is_last else x.shape[0] * channels
+    return x, _Layout(rows, x.numel() // max(1, rows), channels, is_last)
+
+
+def _torch_forward(x: Tensor, inner: _Inner, affine: _Two, call: Call) -> Tensor:
+    weight, bias = (None if value is None else _along(value, x, call) for value in affine)
+    s = _sigmoid(x, inner, call)
+    weight = s.new_ones(1) if weight is None else weight.to(s.dtype)
+    bias = -weight if bias is None else bias.to(s.dtype) - weight
+    return torch.addcmul(bias, s, 2 * weight, out=s).to(call.out_dtype)
+
+
+def _torch_backward(dy: Tensor, x: Tensor, inner: _Inner, weight: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    others = [axis for axis in range(x.ndim) if axis != call.channel_axis % x.ndim]
+    s = _sigmoid(x, inner, call)
+    dy = dy.to(s.dtype)
+    total = dy.sum(others)
+    product = dy * s
+    by_weight = 2 * product.sum(others) - total
+    h = dy.mul(4.0) if weight is None else torch.mul(dy, 4 * _along(weight, x, call).to(s.dtype), out=product)
+    h = torch.ops.aten.sigmoid_backward(h, s)
+    sums = torch.stack([torch.mul(h, x, out=s).sum(others), h.sum(others), by_weight, total])
+    return h.mul_(_along(inner[0], x, call)).to(x.dtype), sums
+
+
+def _sigmoid(x: Tensor, inner: _Inner, call: Call) -> Tensor:
+    """Compute (1 + tanh(z)) / 2."""
+    alpha, shift = inner
+    z = x.to(torch.promote_types(x.dtype, torch.float32)) * (2 * _along(alpha, x, call))
+    return (z if shift is None else z.add_(2 * _along(shift, x, call))).sigmoid_()
+
+
+def _along(value: Tensor, x: Tensor, call: Call) -> Tensor:
+    """Give a value a channel, or one for all, the channel axis of x."""
+    shape = [1] * x.ndim
+    shape[call.channel_axis] = -1
+    return value.view(shape)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, compiling them if nobody has; None where that is not possible."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        return None
+    try:
+        # What the compiler is and what this processor can do: a home directory may be that of another machine too.
+        macros = subprocess.run(
+            [*compiler.split(), *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=60,
+        ).stdout  # fmt: skip
+        name = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), macros, " ".join(_FLAGS).encode()])).hexdigest()[:16]
+        with tempfile.TemporaryDirectory(prefix="dytrun-") as scratch:
+            kept = _cache() or Path(scratch)
+            file = kept / f"cpu_kernels-{name}.so"
+            if not file.exists():
+                part = kept / f"{file.name}.{os.getpid()}"
+                command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(part)]
+                subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=300)
+                part.replace(file)  # whole or not at all, whoever else is at it
+            return ctypes.CDLL(str(file))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cache() -> Path | None:
+    """Return the folder of what was compiled, if it can be written, and by nobody else: what is there will be run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        (folder := Path(home) / "dytrun").mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    is_ours = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if is_ours and os.access(folder, os.W_OK) else None
