@@ -56,6 +56,8 @@ def _main(args: list[str]) -> int:
     if args[0] in ("--version", "-V"):
         print(f"dytrun {__version__}")
         return DONE
+    if args[0].startswith("bench="):
+        args = ["bench", *args]
     verb, *rest = args
     if verb not in COMMANDS:
         from dytrun.validation import near
@@ -69,16 +71,17 @@ def _main(args: list[str]) -> int:
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         if verb == "train":
             raise UserError(f"'{rest[0]}' is no key=value; see dytrun train --help")
-        rest[0] = f"dir={compose.quoted(rest[0])}"
+        rest[0] = f"bench={rest[0]}" if verb == "bench" else f"dir={compose.quoted(rest[0])}"
     if (
         len(rest) > 1
         and verb != "train"
         and (extra := [arg for arg in rest[1:] if arg in compose.MULTIRUN or is_bare(arg)])
     ):
-        raise UserError(f"{extra[0]}: dytrun {verb} takes one directory and key=value, and does not sweep")
+        what = "benchmark" if verb == "bench" else "directory"
+        raise UserError(f"{extra[0]}: dytrun {verb} takes one {what} and key=value, and does not sweep")
     if any(flag_name(arg) in _SHOW for arg in rest):
         return _show(verb, [arg for arg in rest if arg not in compose.MULTIRUN])
-    return {"train": _train, "eval": _eval, "replay": _replay, "report": _report}[verb](rest)
+    return {"train": _train, "eval": _eval, "replay": _replay, "bench": _bench, "report": _report}[verb](rest)
 
 
 def _train(args: list[str]) -> int:
@@ -209,6 +212,13 @@ def _replay(args: list[str]) -> int:
     from dytrun import commands
 
     return DONE if commands.replay(compose.expand(args, "replay").configs[0]) else FAILED
+
+
+def _bench(args: list[str]) -> int:
+    from dytrun import commands
+
+    commands.bench(compose.expand(args, "bench").configs[0])
+    return DONE
 
 
 def _report(args: list[str]) -> int:

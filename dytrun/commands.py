@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dytrun import launch, owner, terminal
+from dytrun.bench_config import BenchConfig
 from dytrun.config import EvalConfig, Published, ReplayConfig, RunConfig
 from dytrun.records import RunResult, difference
 from dytrun.task import Ending
@@ -88,6 +89,18 @@ def replay(config: ReplayConfig) -> bool:
     columns = ("rank", "loss", "first module with numbers that are not finite", "images whose loss is not finite")
     terminal.table(f"step {found['step']:,} of {config.dir}, done again", columns, rows, notes)
     return is_same
+
+
+def bench(config: BenchConfig) -> None:
+    """Measure, print the table, write it as JSON."""
+    from dytrun import bench as instrument  # with torch, which the other commands leave to their ranks
+
+    path = instrument.target(config)
+    found = instrument.run(config, terminal.line)
+    for table in found.tables:
+        terminal.table(table.title, table.columns, table.rows, table.notes)
+    instrument.keep(path, config, found)
+    terminal.line(f"{path} written")
 
 
 def close_sweep(runs_dir: Path, num_runs: int) -> None:

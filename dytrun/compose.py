@@ -133,8 +133,27 @@ def validated(verb: str, cfg: Any) -> Any:
     guard.check_values(values)
     if verb in ("eval", "replay") and values.get("dir") is None:
         raise UserError(f"dir: which run? say dytrun {verb} DIR")
+    if verb == "bench":
+        return _bench(values)
     types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig}
     return validate(types[verb], values)
+
+
+def _bench(values: dict[str, Any]) -> Any:
+    """Validate what `dytrun bench` is told: its own group, and the configuration of a run."""
+    from dytrun.bench_config import BenchConfig, BenchOptions
+    from dytrun.config import RunConfig
+    from dytrun.validation import validate
+
+    found, problems = [], []
+    for schema, part in ((BenchOptions, {"bench": values.pop("bench", {})}), (RunConfig, values)):
+        try:
+            found.append(validate(schema, part))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return BenchConfig(found[0].bench, found[1])
 
 
 def _without_hydra(cfg: Any) -> Any:

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train one run, or with -m a sweep",
     "eval": "evaluate a run's checkpoint exactly: dytrun eval DIR",
     "replay": "do the step again at which a run diverged, and say where: dytrun replay DIR",
+    "bench": "measure speed: one layer, a model, this loop: dytrun bench=norm",
     "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
 }
 EXAMPLES = {
@@ -35,6 +36,13 @@ EXAMPLES = {
         "dytrun replay runs/NAME devices=[0,1]",
         "dytrun replay dir=runs/NAME --cfg job",
     ),
+    "bench": (
+        "dytrun bench=norm",
+        "dytrun bench=norm precision=bf16 bench.shapes=[256x197x768] bench.modes=[eager]",
+        "dytrun bench=model model=vit_b precision=bf16 bench.batch=256",
+        "dytrun bench=trainer model=vit_ti",
+        "dytrun bench=llama bench.passes=[infer]",
+    ),
     "report": (
         "dytrun report",
         "dytrun report runs",
@@ -58,16 +66,11 @@ def command_help(verb: str, config_dir: str | None) -> str:
     """Say a command's groups with their options, its keys with their values, and examples; read from conf/."""
     folders = [CONF, *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
     lines = [f"dytrun {verb}: {COMMANDS[verb]}", "", "Examples:", *(f"  {text}" for text in EXAMPLES[verb])]
+    if verb == "bench":
+        lines += ["", "What is measured:", *_benches(), "",
+                  "The model, its norm and precision, and the machine: the keys of dytrun train, see its --help."]  # fmt: skip
     if verb == "train":
-        lines += ["", "Groups (group=option):"]
-        for folder in folders:
-            for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
-                lines.append(f"  {group.name}=")
-                options = sorted(group.glob("[!_]*.yaml"))
-                width = max((len(path.stem) for path in options), default=0)
-                lines += [f"    {path.stem:<{width}}  {_summary(path)}" for path in options]
-                if group.name != "experiment":
-                    lines.append(f"    keys: {' '.join(_keys(group))}")
+        lines += ["", "Groups (group=option):", *_groups(folders)]
         lines += ["", "Launchers (with -m, hydra/launcher=option; without one, one run after the other):"]
         for path in sorted((CONF / "hydra" / "launcher").glob("*.yaml")):
             names = [line.partition(":")[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
@@ -87,6 +90,29 @@ def _keys(group: Path) -> list[str]:
     found = (line.partition(":")[0] for text in texts for line in text.splitlines() if line[:1].isalpha())
     found = (key for key in found if key != "defaults")
     return [f"{group.name}.{key}" for key in dict.fromkeys(found)]
+
+
+def _groups(folders: Sequence[Path]) -> list[str]:
+    """List the groups of dytrun train with their options and keys."""
+    lines = []
+    for folder in folders:
+        for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in ("hydra", "bench")):
+            lines.append(f"  {group.name}=")
+            options = sorted(group.glob("[!_]*.yaml"))
+            width = max((len(path.stem) for path in options), default=0)
+            lines += [f"    {path.stem:<{width}}  {_summary(path)}" for path in options]
+            if group.name != "experiment":
+                lines.append(f"    keys: {' '.join(_keys(group))}")
+    return lines
+
+
+def _benches() -> list[str]:
+    """List what can be measured, with its keys and values."""
+    lines = []
+    for path in sorted((CONF / "bench").glob("*.yaml")):
+        keys = [line for line in path.read_text().splitlines() if line[:1].isalpha() and not line.startswith("name:")]
+        lines += [f"  bench={path.stem}  {_summary(path)}", *(f"    bench.{line}" for line in keys)]
+    return lines
 
 
 def _summary(path: Path) -> str:

@@ -20,15 +20,32 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "stop", "task", "usage", "validation"},
-    "compose": {"config", "errors", "guard", "hydra_settings", "usage", "validation"},
+    "compose": {"bench_config", "config", "errors", "guard", "hydra_settings", "usage", "validation"},
     "task": {"commands", "compose", "errors", "launch", "ranks", "records", "stop", "terminal"},
     "board": {"task", "terminal"},
     "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
-    "commands": {"config", "launch", "owner", "records", "report", "task", "terminal"},
+    "commands": {"bench", "bench_config", "config", "launch", "owner", "records", "report", "task", "terminal"},
     "usage": set(),
     "config": {"digest", "norm_config"},
     "norm_config": set(),
+    "bench_config": {"config", "norm_config"},
+    "bench": {
+        "bench_config", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "config", "errors", "machine",
+        "paired", "records", "tracking", "wandb_link",
+    },
+    "bench_norm": {"bench_config", "config", "errors", "model", "norm", "paired", "timing"},
+    "bench_model": {
+        "arm", "batch", "bench_config", "compute", "config", "errors", "machine", "model", "norm", "optim", "paired", "timing",
+    },
+    "bench_trainer": {
+        "agreement", "arm", "batch", "bench_config", "compute", "config", "distributed", "engine", "machine", "model", "optim", "paired",
+        "records", "state", "throughput", "timing", "tracking", "checkpoint", "terminal",
+    },
+    "bench_stack": {"bench_config", "config", "errors", "llama", "paired", "timing"},
+    "llama": {"norm"},
+    "paired": set(),
+    "timing": set(),
     "launcher_config": {"norm_config", "validation"},
     "digest": {"errors"},
     "validation": {"errors", "guard"},
@@ -123,6 +140,8 @@ WITHOUT_TORCH = {
     "records",
     "digest",
     "norm_config",
+    "bench_config",
+    "paired",
     "pairs",
     "report",
     "page",
@@ -230,7 +249,7 @@ def test_every_key_of_the_configuration_is_read_somewhere():
 
 
 def test_the_configuration_types_hold_no_values():
-    trees = [ast.parse((PACKAGE / name).read_text()) for name in ("config.py", "norm_config.py", "launcher_config.py")]
+    trees = [ast.parse((PACKAGE / name).read_text()) for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py")]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "BaseModel" for base in node.bases):
             valued = [

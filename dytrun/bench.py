@@ -1,0 +1,75 @@
+"""`dytrun bench`: which instrument, on which device; the file and the W&B run that keep what it found."""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dytrun import machine
+from dytrun.bench_config import BenchConfig
+from dytrun.errors import UserError
+from dytrun.paired import Found
+from dytrun.records import write_json
+
+
+def run(config: BenchConfig, say: Callable[[str], None]) -> Found:
+    """Measure what `bench=` names on the first device of the machine; `say` gets a line of progress now and then.
+
+    Raises:
+        UserError: an arm is not to be had here, or a shape does not fit it.
+    """
+    from dytrun import bench_model, bench_norm, bench_stack, bench_trainer  # each takes its own libraries along
+
+    devices, _ = machine.resolve_devices(config.run.machine.devices)
+    device = torch.device("cpu") if devices is None else torch.device("cuda", devices[0])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    machine.prepare_torch(config.run.machine, device)
+    if device.type == "cpu":  # no loader works beside it
+        torch.set_num_threads(machine.cores())
+    instruments = {
+        "norm": bench_norm.measure, "model": bench_model.measure, "trainer": bench_trainer.measure,
+        "llama": bench_stack.measure,
+    }  # fmt: skip
+    say(f"bench={config.bench.name} on {machine.device_name(device)}, torch {torch.__version__}")
+    found = instruments[config.bench.name](config, device, say)
+    about = {
+        "bench": config.bench.model_dump(mode="json"),
+        "device": machine.device_name(device),
+        "precision": config.run.precision,
+        "model": config.run.model.name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+    return Found(found.tables, about | found.values)
+
+
+def target(config: BenchConfig) -> Path:
+    """Return the file that what is found goes to; its folder is made now, so that nothing is measured in vain.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    clock = time.strftime("%Y%m%d-%H%M%S")
+    default = Path(config.run.runs_dir) / "bench" / f"{config.bench.name}-{clock}.json"
+    path = Path(config.bench.out or default)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EISDIR if path.is_dir() else errno.EACCES, "it is a folder, or in one without "
+                                  "the right to write")  # fmt: skip
+    except OSError as error:
+        raise UserError(f"bench.out: {path} cannot be written ({error.strerror}); choose another") from None
+    return path
+
+
+def keep(path: Path, config: BenchConfig, found: Found) -> None:
+    """Write what was found as JSON, and give it to W&B if that was asked for."""
+    write_json(path, found.values)
+    if config.run.tracking.mode != "off":
+        from dytrun import wandb_link
+
+        wandb_link.log_bench(config.run, path, found.values, found.tables)

@@ -1,0 +1,90 @@
+"""Types and bounds of what `dytrun bench` can be told; no value (those live in conf/bench/)."""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from dytrun.config import RunConfig
+from dytrun.norm_config import STRICT, Count, Positive
+
+# Below it, the exact interval of a median does not exist at every confidence that is allowed here.
+_ROUNDS = Annotated[int, Field(ge=3, le=10_000, strict=True)]
+_CONFIDENCE = Annotated[float, Field(gt=0.5, lt=1)]
+_AutoCount = Literal["auto"] | Count
+Shape = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)+$|^[1-9]\d*(x[1-9]\d*){3}:channels_(first|last)$")]
+NormArm = Literal["ln", "dyt", "formula", "plain", "native", "torch", "triton", "liger", "rms", "identity"]
+ModelArm = Literal["ln", "dyt", "formula", "rms", "identity"]
+StackArm = Literal["rms", "rms_fused", "dyt", "formula", "identity"]
+Modes = Annotated[list[Literal["eager", "compiled"]], Field(min_length=1)]
+Passes = Annotated[list[Literal["train", "infer"]], Field(min_length=1)]
+
+
+class NormBench(BaseModel):
+    """`bench=norm`: one layer."""
+
+    model_config = STRICT
+    name: Literal["norm"]
+    shapes: Literal["auto"] | Annotated[list[Shape], Field(min_length=1)]
+    arms: Literal["auto"] | Annotated[list[NormArm], Field(min_length=2)]
+    modes: Modes
+    rounds: _ROUNDS
+    unit_ms: Positive
+    confidence: _CONFIDENCE
+    out: str | None
+
+
+class ModelBench(BaseModel):
+    """`bench=model`: a whole model."""
+
+    model_config = STRICT
+    name: Literal["model"]
+    arms: Annotated[list[ModelArm], Field(min_length=2)]
+    modes: Modes
+    passes: Passes
+    batch: _AutoCount
+    rounds: _ROUNDS
+    steps: _AutoCount
+    confidence: _CONFIDENCE
+    out: str | None
+
+
+class TrainerBench(BaseModel):
+    """`bench=trainer`: the loop of `dytrun train` against a bare one."""
+
+    model_config = STRICT
+    name: Literal["trainer"]
+    batch: _AutoCount
+    rounds: _ROUNDS
+    steps: Count
+    confidence: _CONFIDENCE
+    out: str | None
+
+
+class StackBench(BaseModel):
+    """`bench=llama`: blocks of a language model, as in the paper's table of efficiency."""
+
+    model_config = STRICT
+    name: Literal["llama"]
+    arms: Annotated[list[StackArm], Field(min_length=2)]
+    modes: Annotated[list[Literal["eager", "norms_compiled", "compiled"]], Field(min_length=1)]
+    passes: Passes
+    size: Literal["auto", "small", "7b"]
+    depth: Count
+    tokens: _AutoCount
+    rounds: _ROUNDS
+    confidence: _CONFIDENCE
+    out: str | None
+
+
+class BenchOptions(BaseModel):
+    """The group `bench`."""
+
+    model_config = STRICT
+    bench: Annotated[NormBench | ModelBench | TrainerBench | StackBench, Field(discriminator="name")]
+
+
+class BenchConfig(NamedTuple):
+    """`dytrun bench`: what is measured, and the run whose model, precision and machine are meant."""
+
+    bench: Any
+    run: RunConfig

@@ -1,0 +1,118 @@
+"""Several arms measured in turn in one process, and what may be concluded of their ratios.
+
+The machine drifts: clocks, heat, neighbours. So every round measures every arm once, in an order that changes from
+round to round, ratios are taken within a round, and the baseline stands in the list twice: how far its two ratios are
+from 1 is the instrument's own error, and a difference that is not larger than that is none.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the ratios of the rounds, and its interval; no interval where there are too few rounds for one."""
+
+    median: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.median:.3f}{interval}"
+
+    def overlaps(self, other: "Ratio") -> bool | None:
+        """Whether two intervals have a point in common; None where one is missing."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return None
+        return self.low <= other.high and other.low <= self.high
+
+
+def in_turn(measures: Sequence[Callable[[], float]], rounds: int) -> np.ndarray:
+    """Call every measure once a round; return what they said, (arms, rounds).
+
+    A round begins one arm later than the last one, and every second round goes backwards, so that no arm always
+    follows the same other one.
+    """
+    found = np.full((len(measures), rounds), np.nan)
+    for number in range(rounds):
+        order = np.roll(np.arange(len(measures)), -(number // 2))[:: -1 if number % 2 else 1]
+        for arm in order:
+            found[arm, number] = measures[arm]()
+    return found
+
+
+def ratio(arm: np.ndarray, baseline: np.ndarray, confidence: float) -> Ratio:
+    """Return the median of arm / baseline over the rounds, with an interval that assumes nothing of their distribution.
+
+    The interval runs between the two order statistics that hold the true median with at least that confidence
+    (binomial, exact).
+    """
+    values = np.sort(arm / baseline)
+    n = len(values)
+    # The k-th smallest and the k-th largest leave the median out with probability 2 P(Binomial(n, 1/2) < k).
+    k = int(binom.ppf((1 - confidence) / 2, n, 0.5))
+    while k > 0 and 2 * binom.cdf(k - 1, n, 0.5) > 1 - confidence:
+        k -= 1
+    if k == 0:
+        return Ratio(float(np.median(values)), None, None, n)
+    return Ratio(float(np.median(values)), float(values[k - 1]), float(values[n - k]), n)
+
+
+def verdict(name: str, found: Ratio, baseline: str, itself: Ratio | None) -> str:
+    """Say in a sentence what a ratio of times allows to be said.
+
+    Args:
+        name: of the arm.
+        found: its time over the baseline's.
+        baseline: its name.
+        itself: the baseline over itself, the instrument's error; None where it was not measured.
+    """
+    against = f"{name}: {found} of {baseline}'s time"
+    if itself is None:
+        return f"{against}; {baseline} was not measured against itself, so the instrument's error is not known"
+    if found.low is None or found.high is None or itself.low is None:
+        return f"{against}; too few rounds ({found.n}) for an interval, nothing may be concluded"
+    if found.low <= 1 <= found.high or found.overlaps(itself):
+        return f"{against}; no larger than the error of the measurement ({baseline} against itself {itself})"
+    faster = "faster" if found.median < 1 else "slower"
+    low, high = sorted((abs(found.low - 1), abs(found.high - 1)))
+    return f"{against}: {100 * low:.1f} to {100 * high:.1f} % {faster} ({baseline} against itself {itself})"
+
+
+def wall_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call, on this process's clock."""
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def median_ms(times: np.ndarray) -> float:
+    """Median over rounds."""
+    return median(times.tolist()) if times.size else math.nan
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a person is shown of a benchmark."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a benchmark found: tables, and the same as plain values for a JSON file, every single measurement in it."""
+
+    tables: Sequence[Table]
+    values: dict[str, Any]
