@@ -153,15 +153,18 @@ def _torch_forward(x: Tensor, inner: _Inner, affine: _Two, call: Call) -> Tensor
 
 
 def _torch_backward(dy: Tensor, x: Tensor, inner: _Inner, weight: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    others = [axis for axis in range(x.ndim) if axis != call.channel_axis % x.ndim]
+    axis = call.channel_axis % x.ndim
+
+    def total(values: Tensor) -> Tensor:
+        return values.movedim(axis, -1).flatten(0, -2).sum(0) if x.ndim > 1 else values.clone()
+
     s = _sigmoid(x, inner, call)
     dy = dy.to(s.dtype)
-    total = dy.sum(others)
-    product = dy * s
-    by_weight = 2 * product.sum(others) - total
+    by_bias, product = total(dy), dy * s
+    by_weight = 2 * total(product) - by_bias
     h = dy.mul(4.0) if weight is None else torch.mul(dy, 4 * _along(weight, x, call).to(s.dtype), out=product)
     h = torch.ops.aten.sigmoid_backward(h, s)
-    sums = torch.stack([torch.mul(h, x, out=s).sum(others), h.sum(others), by_weight, total])
+    sums = torch.stack([total(torch.mul(h, x, out=s)), total(h), by_weight, by_bias])
     return h.mul_(_along(inner[0], x, call)).to(x.dtype), sums
 
 

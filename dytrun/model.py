@@ -8,7 +8,7 @@ import torch._dynamo
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dytrun.config import ModelConfig
+from dytrun.config import ModelConfig, RunConfig
 from dytrun.errors import UserError, first_line
 from dytrun.validation import near
 
@@ -71,6 +71,22 @@ def check_forward(module: nn.Module, name: str, num_classes: int, image_size: in
         raise UserError(f"model: {name} does not give {num_classes} numbers an image; mend model.kwargs")
 
 
+def put_on(module: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
+    """Bring a model to its device, in the memory format that the configuration wants there."""
+    chosen = config.machine.channels_last
+    if chosen == "auto":
+        chosen = device.type == "cuda" and "convnext" in config.model.name
+    module = module.to(device)
+    return module.to(memory_format=torch.channels_last) if chosen else module  # pyright: ignore[reportCallIssue]
+
+
+# Inductor writes a value down that is used more than once if it takes more than 4 reads or 30 operations to make. The
+# gradient of a point-wise norm takes more where a shift is learned, or a residual is recomputed on the way; in float32,
+# that is two more passes over the activations. Counted for an H200 (tests/traffic.py); LayerNorm's kernels stay as they
+# are.
+INDUCTOR = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
+
+
 def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> None:
     """Compile a model in place, whole or block by block.
 
@@ -81,7 +97,7 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
         UserError: the model has no `blocks`.
     """
     if how == "model":
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, options=INDUCTOR)
     if how == "blocks":
         lists = [item for name, item in module.named_modules() if name.rpartition(".")[2] == "blocks"]
         blocks = [block for item in lists if isinstance(item, nn.Sequential | nn.ModuleList) for block in item]
@@ -95,7 +111,7 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
         # Else DDP's buckets would cut the blocks once more, and one rank would run other code than several.
         torch._dynamo.config.optimize_ddp = False
         for block in blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=INDUCTOR)
 
 
 def _check_name(name: str) -> None:

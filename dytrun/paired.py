@@ -36,18 +36,18 @@ class Ratio:
         return self.low <= other.high and other.low <= self.high
 
 
-def in_turn(measures: Sequence[Callable[[], float]], rounds: int) -> np.ndarray:
-    """Call every measure once a round; return what they said, (arms, rounds).
+def in_turn(measures: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
+    """Call every measure once a round; return what they said, (arms, rounds), or (arms, rounds, n) for n values.
 
     A round begins one arm later than the last one, and every second round goes backwards, so that no arm always
     follows the same other one.
     """
-    found = np.full((len(measures), rounds), np.nan)
+    found: list[list[Any]] = [[None] * rounds for _ in measures]
     for number in range(rounds):
         order = np.roll(np.arange(len(measures)), -(number // 2))[:: -1 if number % 2 else 1]
         for arm in order:
-            found[arm, number] = measures[arm]()
-    return found
+            found[arm][number] = measures[arm]()
+    return np.array(found)
 
 
 def ratio(arm: np.ndarray, baseline: np.ndarray, confidence: float) -> Ratio:

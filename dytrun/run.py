@@ -32,7 +32,7 @@ from dytrun.distributed import Place, barrier, from_first, gather, session
 from dytrun.engine import Surroundings, evaluate_state, fit, interrupted
 from dytrun.errors import RunError, UserError
 from dytrun.evaluate import Halted, evaluate
-from dytrun.model import compile_model, trainable
+from dytrun.model import compile_model, put_on, trainable
 from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, whole_file, write_json
 from dytrun.sources import Data, load_data
 from dytrun.state import State, build_state, restore, speed_so_far, to_be_saved
@@ -79,7 +79,7 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
     data = load_data(config.data)
     plan = optim.plan_steps(config, len(data.train.labels), place.world)
     model, sites = build_arm(config, data.num_classes)
-    model = _placed(model, config, place)
+    model = put_on(model, config, place.device)
     store = Store(directory / "checkpoints", config.checkpoint.keep)
     saved, said = resume.newest(store, place)
     resume.check_data(saved, data, config.data.root)
@@ -169,7 +169,7 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
         here = place.rank, place.world, place.device
         val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here)
         model, _ = build_arm(config, data.num_classes)
-        model = _placed(model, config, place)
+        model = put_on(model, config, place.device)
         found: dict[str, Accuracy] = {}
         for part, label in (("model", "raw"), ("ema", "ema")):
             if part in saved.tensors:
@@ -189,7 +189,7 @@ def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
         data = load_data(config.data)
         model, _ = build_arm(config, data.num_classes)
         plan = optim.plan_steps(config, len(data.train.labels), place.world)
-        found = replay.again(config, directory, data, (_placed(model, config, place), plan), place)
+        found = replay.again(config, directory, data, (put_on(model, config, place.device), plan), place)
     return found if place.is_first else None
 
 
@@ -338,11 +338,3 @@ def _save_correct(path: Path, last: EvalRecord) -> None:
         arrays["ema_correct"] = np.packbits(last.ema.correct)
     with whole_file(path) as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-
-
-def _placed(model: nn.Module, config: RunConfig, place: Place) -> nn.Module:
-    chosen = config.machine.channels_last
-    if chosen == "auto":
-        chosen = place.device.type == "cuda" and "convnext" in config.model.name
-    model = model.to(place.device)
-    return model.to(memory_format=torch.channels_last) if chosen else model  # pyright: ignore[reportCallIssue]

@@ -7,6 +7,7 @@ the host needs is measured apart. On a CPU there is one clock.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ _CYCLES_PER_MS = 2_000_000
 _COLD_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
 
 
-def spans_ms(device: torch.device, parts: Callable[[Callable[[], None]], None], calls: int, lead_ms: float = 0.0):
+def spans_ms(
+    device: torch.device, parts: Callable[[Callable[[], None]], None], calls: int, lead_ms: float = 0.0
+) -> np.ndarray:
     """Do something `calls` times and time its parts.
 
     Args:
@@ -42,8 +45,8 @@ def spans_ms(device: torch.device, parts: Callable[[Callable[[], None]], None], 
         parts(lambda: marks[-1].append(now(device)))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return np.array([[a.elapsed_time(b) for a, b in zip(row, row[1:], strict=False)] for row in marks])
-    return 1e3 * np.diff(np.array(marks), axis=1)
+        return np.array([[a.elapsed_time(b) for a, b in pairwise(row)] for row in marks])
+    return np.diff(1e3 * np.array(marks, dtype=float), axis=1)
 
 
 def now(device: torch.device) -> Any:
@@ -113,7 +116,7 @@ class _Operators(TorchDispatchMode):
 
 
 def launches(device: torch.device, call: Callable[[], object]) -> int:
-    """Kernels that a call launches on CUDA; on a CPU the operators that it calls (a fused op of ours is no operator)."""
+    """Kernels that a call launches on CUDA; operators that it calls on a CPU, where a C++ op of ours is not one."""
     if device.type != "cuda":
         with _Operators() as seen:
             call()

@@ -67,8 +67,8 @@ def command_help(verb: str, config_dir: str | None) -> str:
     folders = [CONF, *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
     lines = [f"dytrun {verb}: {COMMANDS[verb]}", "", "Examples:", *(f"  {text}" for text in EXAMPLES[verb])]
     if verb == "bench":
-        lines += ["", "What is measured:", *_benches(), "",
-                  "The model, its norm and precision, and the machine: the keys of dytrun train, see its --help."]  # fmt: skip
+        lines += ["", "What is measured:", *_benches()]
+        lines += ["", "The model, its norm and precision, and the machine: the keys of dytrun train, see its --help."]
     if verb == "train":
         lines += ["", "Groups (group=option):", *_groups(folders)]
         lines += ["", "Launchers (with -m, hydra/launcher=option; without one, one run after the other):"]

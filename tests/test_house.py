@@ -31,16 +31,17 @@ MAY_IMPORT = {
     "norm_config": set(),
     "bench_config": {"config", "norm_config"},
     "bench": {
-        "bench_config", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "config", "errors", "machine",
-        "paired", "records", "tracking", "wandb_link",
+        "bench_config", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine", "paired",
+        "records", "wandb_link",
     },
-    "bench_norm": {"bench_config", "config", "errors", "model", "norm", "paired", "timing"},
+    "bench_norm": {"bench_config", "errors", "model", "norm", "paired", "timing"},
     "bench_model": {
-        "arm", "batch", "bench_config", "compute", "config", "errors", "machine", "model", "norm", "optim", "paired", "timing",
+        "arm", "batch", "bench_config", "compute", "config", "convert", "errors", "model", "norm", "norm_config",
+        "paired", "sites", "state", "timing",
     },
     "bench_trainer": {
-        "agreement", "arm", "batch", "bench_config", "compute", "config", "distributed", "engine", "machine", "model", "optim", "paired",
-        "records", "state", "throughput", "timing", "tracking", "checkpoint", "terminal",
+        "arm", "bench_config", "bench_model", "checkpoint", "config", "distributed", "engine", "model", "optim",
+        "paired", "records", "state", "throughput", "timing", "tracking",
     },
     "bench_stack": {"bench_config", "config", "errors", "llama", "paired", "timing"},
     "llama": {"norm"},
@@ -249,7 +250,10 @@ def test_every_key_of_the_configuration_is_read_somewhere():
 
 
 def test_the_configuration_types_hold_no_values():
-    trees = [ast.parse((PACKAGE / name).read_text()) for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py")]
+    trees = [
+        ast.parse((PACKAGE / name).read_text())
+        for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py")
+    ]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "BaseModel" for base in node.bases):
             valued = [

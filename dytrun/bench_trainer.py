@@ -1,0 +1,97 @@
+"""`bench=trainer`: what dytrun's own loop costs, beside a bare loop over the same model, batch and optimizer.
+
+The loop is the one of `dytrun train`: gradient norm, divergence check, clock, learning rate, a record a window that
+goes to metrics.jsonl. The images are on the device already; the loader is another question.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dytrun import arm, paired, timing
+from dytrun.bench_config import BenchConfig
+from dytrun.bench_model import bare_step, batch_size, random_batch
+from dytrun.checkpoint import Store
+from dytrun.config import RunConfig
+from dytrun.distributed import Place
+from dytrun.engine import Surroundings, fit
+from dytrun.model import compile_model, put_on
+from dytrun.optim import Plan
+from dytrun.paired import Found, Table
+from dytrun.records import Position, TrainRecord
+from dytrun.state import State, build_state
+from dytrun.throughput import Clock
+from dytrun.tracking import Tracker
+
+_WARMUP_ROUNDS = 2
+_FOREVER = 10**9  # steps; no epoch ends while it is measured
+_BARE, _OURS = "bare loop", "dytrun"
+
+
+def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None]) -> Found:
+    """Measure both loops in turn, the bare one twice."""
+    run, steps = _as_measured(config.run, config.bench.steps), config.bench.steps
+    size = batch_size(config.bench.batch, device)
+    batch = random_batch(run, size, device)
+    say(f"{run.model.name}, {run.norm.name}: {size} images a step, {steps} steps a round, {config.bench.rounds} rounds")
+
+    def bare() -> Callable[[], float]:
+        state = _state(run, device)
+
+        def once() -> None:
+            for _ in range(steps):
+                bare_step(state, batch, run)
+            timing.settle(device)
+
+        return lambda: paired.wall_ms(once) / steps
+
+    with tempfile.TemporaryDirectory(prefix="dytrun-bench-") as scratch:
+        state, plan = _state(run, device), Plan(_FOREVER, _FOREVER, 0, size, 1)
+        sites = [name for name, _ in state.model.named_parameters() if name.endswith(".alpha")]
+        around = Surroundings(
+            plan, Place(0, 1, device), Clock(device, size), itertools.repeat(batch), lambda: iter(()), 0,
+            Store(Path(scratch) / "checkpoints", run.checkpoint.keep), [name.removesuffix(".alpha") for name in sites],
+        )  # fmt: skip
+        tracker = Tracker(run, Path(scratch), Position(0, True), say)
+        records = fit(run, state, around)
+
+        def ours() -> None:
+            record = next(records)
+            assert isinstance(record, TrainRecord)
+            tracker.log(record)
+            timing.settle(device)
+
+        loops = [bare(), bare(), lambda: paired.wall_ms(ours) / steps]
+        try:
+            paired.in_turn(loops, _WARMUP_ROUNDS)
+            times = paired.in_turn(loops, config.bench.rounds)
+        finally:
+            tracker.finish(None, in_haste=True)
+    itself, found = (paired.ratio(times[number], times[0], config.bench.confidence) for number in (1, 2))
+    rows = [[name, f"{paired.median_ms(row):.2f}", str(ratio)] for name, row, ratio in
+            zip((_BARE, _BARE, _OURS), times, ("1", itself, found), strict=True)]  # fmt: skip
+    notes = [
+        paired.verdict(_OURS, found, f"the {_BARE}", itself),
+        f"overhead: {100 * (found.median - 1):+.2f} % (median of {config.bench.rounds} rounds of {steps} steps)",
+    ]
+    title = f"{run.model.name} {run.norm.name} {run.precision}, {size} images a step"
+    values = {"batch": size, "steps": steps, "bare_ms": times[:2].tolist(), "dytrun_ms": times[2].tolist()}
+    return Found([Table(title, ("loop", "step ms", "time / first"), rows, notes)], values)
+
+
+def _as_measured(run: RunConfig, steps: int) -> RunConfig:
+    """Let a record be due after each round, and a checkpoint never."""
+    tracking = run.tracking.model_copy(update={"log_every_steps": steps, "mode": "off"})
+    checkpoint = run.checkpoint.model_copy(update={"every_minutes": None})
+    return run.model_copy(update={"tracking": tracking, "checkpoint": checkpoint})
+
+
+def _state(run: RunConfig, device: torch.device) -> State:
+    model, _ = arm.build_arm(run, run.data.num_classes or 1000)
+    model = put_on(model, run, device)
+    compile_model(model, run.machine.compile)
+    model.train()
+    return build_state(model, run, device)
