@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,7 +67,7 @@ def described(graphs: list[Graph]) -> Iterator[None]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     assert not torch.cuda.is_available(), "CUDA was initialized before the GPU could be hidden"
     driver.set_active(types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
-    load = GraphLowering._compile_to_module_lines
+    load, deduce = GraphLowering._compile_to_module_lines, UniformValueConstantFolder._deduce_value
     with contextlib.ExitStack() as stack:
         for owner, name, value in [
             *((CudaInterface, name, staticmethod(value)) for name, value in _interface().items()),
@@ -81,6 +82,7 @@ def described(graphs: list[Graph]) -> Iterator[None]:
             (AsyncCompile, "triton", _Kernel),
             (AsyncCompile, "wait", _zero()),
             (GraphLowering, "_compile_to_module_lines", lambda *args: _watched(load, graphs, *args)),
+            (UniformValueConstantFolder, "_deduce_value", lambda *args: _on_cpu(deduce, *args)),
         ]:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
@@ -113,6 +115,17 @@ def _zero() -> Callable[..., int]:
 
 def _empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device=DEVICE)
+
+
+def _on_cpu(deduce: Callable[..., Any], folder: Any, node: torch.fx.Node) -> Any:
+    """Learn the value of a constant as inductor does, from a real tensor of one element, but where there is memory."""
+    kwargs = node.kwargs
+    if "device" in kwargs:
+        node.kwargs = {**kwargs, "device": torch.device("cpu")}
+    try:
+        return deduce(folder, node)
+    finally:
+        node.kwargs = kwargs
 
 
 def _watched(load: Callable[..., Any], graphs: list[Graph], lowering: Any, code: Any) -> Any:

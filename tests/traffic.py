@@ -33,6 +33,9 @@ from torch import Tensor, nn
 from dytrun import norm
 
 _PRODUCTS = {"mm", "addmm", "bmm"}
+# From how many tensors read, or operations done, on inductor stores a value that is used more than once; 4 and 30 are
+# its own. The gradient of f's argument is used by those of x, alpha and shift: it reads x, dy, weight, alpha and shift.
+WIDE = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
 
 
 class Traffic(NamedTuple):
@@ -45,13 +48,16 @@ class Traffic(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A layer on activations; `norms` is how many of them share the count."""
+    """A layer on activations."""
 
     shape: str
     what: str
     make: Callable[[], nn.Module]
     x: Callable[[], list[Tensor]]
     norms: int = 1
+    """How many of them share the count."""
+    options: dict[str, int] = {}  # noqa: RUF012
+    """Of torch.compile."""
 
 
 def main() -> int:
@@ -83,26 +89,31 @@ def main() -> int:
     return 0
 
 
-class Wrapped(nn.Module):
-    """LayerNorm over channels, or the plain DyT: maths in float32, result in the dtype of x, as `PointWise` has it."""
+class LayerNorm(nn.Module):
+    """LayerNorm over channels: maths in float32, result in the dtype of x, as `PointWise` has it."""
 
-    def __init__(self, channels: int, f: Callable[..., Tensor], axis: int):
+    def __init__(self, channels: int, axis: int = -1):
         super().__init__()
-        self.f, self.axis = f, axis
+        self.axis = axis
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.movedim(self.axis, -1).float(), self.weight.shape, self.weight, self.bias)
+        return y.to(x.dtype).movedim(-1, self.axis)
+
+
+class Naive(nn.Module):
+    """DyT as it is usually written, alpha a scalar."""
+
+    def __init__(self, channels: int, axis: int = -1):
+        super().__init__()
+        self.view = (-1,) if axis == -1 else (-1, 1, 1)
         self.alpha = nn.Parameter(torch.ones(1))
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.movedim(self.axis, -1)
-        return self.f(y.float(), self.alpha, self.weight, self.bias).to(x.dtype).movedim(-1, self.axis)
-
-
-def _layer_norm(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias)
-
-
-def _naive(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return weight * torch.tanh(alpha * x) + bias
+        y = self.weight.view(self.view) * torch.tanh(self.alpha * x.float()) + self.bias.view(self.view)
+        return y.to(x.dtype)
 
 
 def _by_sigmoid(z: Tensor) -> Tensor:
@@ -110,26 +121,33 @@ def _by_sigmoid(z: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Two residual adds, each followed by a norm and a product: what a transformer has around its norms."""
+    """Two norms, each in front of a product whose result is added to the residual: a transformer's block, as compiled.
+
+    Activations have the dtype of x, which is that of the residual; products are in bf16.
+    """
 
     def __init__(self, channels: int, make: Callable[[int], nn.Module]):
         super().__init__()
         self.norm1, self.norm2 = make(channels), make(channels)
-        self.one, self.two = (nn.Linear(channels, channels, dtype=torch.bfloat16) for _ in range(2))
+        self.one, self.two = (nn.Linear(channels, channels) for _ in range(2))
         # Without a bias the residual add would become part of the product, and a bias's gradient is no norm's.
         for product in (self.one, self.two):
             product.bias.requires_grad_(False)
 
-    def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + branch
-        x = x + self.one(self.norm1(x))
-        return self.two(self.norm2(x)), x
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + _product(self.one, self.norm1(x))
+        return x + _product(self.two, self.norm2(x))
+
+
+def _product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Do what autocast does, which refuses where no GPU is seen."""
+    return F.linear(*(tensor.to(torch.bfloat16) for tensor in (x, layer.weight, layer.bias)))
 
 
 def _family(channels: int, axis: int = -1) -> dict[str, Callable[[], nn.Module]]:
     return {
-        "LayerNorm": lambda: Wrapped(channels, _layer_norm, axis),
-        "naive DyT": lambda: Wrapped(channels, _naive, axis),
+        "LayerNorm": lambda: LayerNorm(channels, axis),
+        "naive DyT": lambda: Naive(channels, axis),
         "DyT": lambda: norm.PointWise(channels, channel_axis=axis),
     }
 
@@ -140,6 +158,7 @@ def _variants(channels: int) -> dict[str, Callable[[], nn.Module]]:
         "DyT, alpha a channel": lambda: norm.PointWise(channels, per_channel_alpha=True),
         "Derf": lambda: norm.PointWise(channels, "derf", shift_init=0.0),
         "Derf, alpha a channel": lambda: norm.PointWise(channels, "derf", shift_init=0.0, per_channel_alpha=True),
+        "isru": lambda: norm.PointWise(channels, "isru"),
     }
 
 
@@ -149,6 +168,8 @@ def cases() -> Iterator[Case]:
         layers = _family(channels) | (_variants(channels) if channels == 768 else {})
         for what, make in layers.items():
             yield Case(f"50432x{channels}", what, make, lambda channels=channels: [_x(50432, channels)])
+    for what, make in _variants(768).items():
+        yield Case("50432x768", f"{what}, wide", make, lambda: [_x(50432, 768)], options=WIDE)
     for what, make in _family(192).items():
         yield Case("6304x192", what, make, lambda: [_x(6304, 192)])
     for shape in ((128, 56, 56, 128), (128, 14, 14, 512)):
@@ -158,16 +179,19 @@ def cases() -> Iterator[Case]:
         for what, make in _family(128, axis=1).items():
             yield Case(f"{name} 128x128x56x56", what, make,
                        lambda layout=layout: [_x(128, 128, 56, 56, layout=layout)])  # fmt: skip
-    norms = {"LayerNorm": lambda c: Wrapped(c, _layer_norm, -1), "naive DyT": lambda c: Wrapped(c, _naive, -1),
-             "DyT": norm.PointWise}  # fmt: skip
-    for what, make in norms.items():
-        yield Case("add+norm 50432x768", what, lambda make=make: Block(768, make),
-                   lambda: [_x(50432, 768), _x(50432, 768)], norms=2)  # fmt: skip
+    makes = {"LayerNorm": LayerNorm, "naive DyT": Naive, "DyT": norm.PointWise,
+             "Derf": lambda channels: norm.PointWise(channels, "derf", shift_init=0.0)}  # fmt: skip
+    for dtype, (what, make) in itertools.product((torch.bfloat16, torch.float32), makes.items()):
+        for options in ({}, WIDE):
+            yield Case(f"block {str(dtype)[6:]} 50432x768", what + (", wide" if options else ""),
+                       lambda make=make: Block(768, make), lambda dtype=dtype: [_x(50432, 768, dtype=dtype)],
+                       norms=2, options=options)  # fmt: skip
 
 
-def _x(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, memory_format=layout)
-    return x.requires_grad_()
+def _x(
+    *shape: int, layout: torch.memory_format = torch.contiguous_format, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE, memory_format=layout).requires_grad_()
 
 
 def compiled(case: Case) -> tuple[Graph, Graph]:
@@ -178,7 +202,7 @@ def compiled(case: Case) -> tuple[Graph, Graph]:
         inputs = case.x()
         with torch.device(DEVICE):
             layer = case.make()
-        outputs = torch.compile(layer, fullgraph=True, dynamic=False)(*inputs)
+        outputs = torch.compile(layer, fullgraph=True, dynamic=False, options=case.options)(*inputs)
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         gradients(outputs, inputs, [torch.empty_like(output) for output in outputs])
     forward, backward = graphs
