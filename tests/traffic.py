@@ -5,14 +5,15 @@ is only described (132 SMs, sm_90). Then the wrappers that inductor has written 
 they launch is written down instead of compiled. Where there is a GPU, it is hidden, and the count is the same.
 
     full      launches that read or write a tensor of as many elements as x
-    small     the other ones: those of Triton and of ATen, which finish sums over partial ones
+    small     the other ones: those of Triton and of ATen, which finish sums over partial ones (or cast weights)
     B/elt     bytes per element of x by inductor's own accounting: of every scheduled kernel, each buffer once
     moved     the same from the wrapper: each buffer of each launch once, in the direction that its name says. The
               kernel that sums over rows and columns in one pass keeps partial sums in a workspace, which the
               scheduler does not know of: here it is written by one launch and read by the small ones.
 
-Matrix products are left out of all four. What cannot be seen: times, what L2 saves, what a kernel reads twice, what
-autotuning would choose, the instructions of an element (libdevice.tanh has about 30, which may bind before bytes do).
+Rows that end in "wide" are compiled with WIDE below as torch.compile's options. Bytes are per norm where there are two,
+launches are not. Matrix products are left out. What cannot be seen: times, what L2 saves, what a kernel reads twice,
+what autotuning would choose, the instructions of an element (libdevice.tanh has about 30, which may bind before bytes).
 """
 
 import argparse
