@@ -50,14 +50,14 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     for mode in config.bench.modes:
         say(f"{config.run.model.name}, {mode}: building and warming up {len(config.bench.arms)} arms")
         arms = _arms(config, mode, batch, device)
-        for what in config.bench.passes:
+        for what in config.bench.passes:  # the arms of a mode are in memory together, those of two modes are not
             say(f"{mode}, {what}: {config.bench.rounds} rounds")
             calls = [_call(one, what, batch, config.run) for one in arms]
             facts = [_facts(one, call, what, device) for one, call in zip(arms, calls, strict=True)]
             times = _rounds(calls, config, device)
             tables.append(_table(f"{config.run.model.name} {mode} {what}", arms, facts, times, config, size))
             values.append(_values(mode, what, arms, facts, times))
-        del arms, calls
+        del arms
         gc.collect()
     return Found(tables, {"batch": size, "image_size": config.run.data.image_size, "measured": values})
 

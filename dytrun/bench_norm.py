@@ -1,4 +1,4 @@
-"""`bench=norm`: one layer alone. LayerNorm, DyT in each implementation, RMSNorm; forward and backward, eager and compiled.
+"""`bench=norm`: one layer alone: LayerNorm, DyT in each implementation, RMSNorm; forward and back, eager and compiled.
 
 Every ratio is to LayerNorm in the same mode, as timm has it: F.layer_norm over the last axis, LayerNorm2d for channels
 first. All layers have parameters of the activations' dtype. The least that a layer can do is to read x and write y, and

@@ -1,6 +1,6 @@
 """A timm name becomes a module, with the construction arguments of the paper."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -84,7 +84,7 @@ def put_on(module: nn.Module, config: RunConfig, device: torch.device) -> nn.Mod
 # gradient of a point-wise norm takes more where a shift is learned, or a residual is recomputed on the way; in float32,
 # that is two more passes over the activations. Counted for an H200 (tests/traffic.py); LayerNorm's kernels stay as they
 # are.
-INDUCTOR = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
+INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
 
 
 def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> None:

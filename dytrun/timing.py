@@ -5,7 +5,7 @@ the host needs is measured apart. On a CPU there is one clock.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -93,7 +93,7 @@ def _watched() -> Iterator[dict[int, int]]:
         yield kept
 
 
-def saved_bytes(forward: Callable[[], object], besides: list[Tensor]) -> int:
+def saved_bytes(forward: Callable[[], object], besides: Sequence[Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, without those of `besides` (the parameters)."""
     with _watched() as kept:
         result = forward()

@@ -11,7 +11,7 @@ they launch is written down instead of compiled. Where there is a GPU, it is hid
               kernel that sums over rows and columns in one pass keeps partial sums in a workspace, which the
               scheduler does not know of: here it is written by one launch and read by the small ones.
 
-Rows that end in "wide" are compiled with WIDE below as torch.compile's options. Bytes are per norm where there are two,
+Rows that end in "wide" are compiled as dytrun compiles (model.INDUCTOR), the others with inductor's own options. Bytes are per norm where there are two,
 launches are not. Matrix products are left out. What cannot be seen: times, what L2 saves, what a kernel reads twice,
 what autotuning would choose, the instructions of an element (libdevice.tanh has about 30, which may bind before bytes).
 """
@@ -23,7 +23,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -32,11 +32,9 @@ from described_gpu import DEVICE, Graph, described, gradients
 from torch import Tensor, nn
 
 from dytrun import norm
+from dytrun.model import INDUCTOR
 
 _PRODUCTS = {"mm", "addmm", "bmm"}
-# From how many tensors read, or operations done, on inductor stores a value that is used more than once; 4 and 30 are
-# its own. The gradient of f's argument is used by those of x, alpha and shift: it reads x, dy, weight, alpha and shift.
-WIDE = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}
 
 
 class Traffic(NamedTuple):
@@ -57,7 +55,7 @@ class Case(NamedTuple):
     x: Callable[[], list[Tensor]]
     norms: int = 1
     """How many of them share the count."""
-    options: dict[str, int] = {}  # noqa: RUF012
+    options: dict[str, Any] = {}  # noqa: RUF012
     """Of torch.compile."""
 
 
@@ -169,8 +167,8 @@ def cases() -> Iterator[Case]:
         layers = _family(channels) | (_variants(channels) if channels == 768 else {})
         for what, make in layers.items():
             yield Case(f"50432x{channels}", what, make, lambda channels=channels: [_x(50432, channels)])
-    for what, make in _variants(768).items():
-        yield Case("50432x768", f"{what}, wide", make, lambda: [_x(50432, 768)], options=WIDE)
+    for what, make in (_family(768) | _variants(768)).items():
+        yield Case("50432x768", f"{what}, wide", make, lambda: [_x(50432, 768)], options=INDUCTOR)
     for what, make in _family(192).items():
         yield Case("6304x192", what, make, lambda: [_x(6304, 192)])
     for shape in ((128, 56, 56, 128), (128, 14, 14, 512)):
@@ -183,7 +181,7 @@ def cases() -> Iterator[Case]:
     makes = {"LayerNorm": LayerNorm, "naive DyT": Naive, "DyT": norm.PointWise,
              "Derf": lambda channels: norm.PointWise(channels, "derf", shift_init=0.0)}  # fmt: skip
     for dtype, (what, make) in itertools.product((torch.bfloat16, torch.float32), makes.items()):
-        for options in ({}, WIDE):
+        for options in ({}, INDUCTOR):
             yield Case(f"block {str(dtype)[6:]} 50432x768", what + (", wide" if options else ""),
                        lambda make=make: Block(768, make), lambda dtype=dtype: [_x(50432, 768, dtype=dtype)],
                        norms=2, options=options)  # fmt: skip
