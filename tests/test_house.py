@@ -80,6 +80,8 @@ MAY_IMPORT = {
     "model": {"config", "errors", "validation"},
     "machine": {"config", "errors", "launcher_config"},
     "norm": set(),
+    "kernels": {"curves"},
+    "curves": set(),
     "convert": {"norm", "sites", "errors"},
     "sites": {"errors"},
     "optim": {"config", "errors", "norm"},
@@ -102,6 +104,7 @@ ONLY_IN = {
     "omegaconf": {"compose", "hydra_settings"},
     "submitit": {"launch", "slurm"},
     "wandb": {"wandb_link"},
+    "triton": {"curves", "kernels"},
 }
 WITHOUT_TORCH = {
     "cli",
