@@ -4,12 +4,13 @@ Definitions, and the slope at corners and at 0, are those of norm.FUNCTIONS. Com
 through to the branch that keeps it, and infinities end in the saturated value.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
 
-# Triton looks for this word in annotations, and pyright would look for a function's name in it.
+# Triton looks for this word in annotations, and pyright would believe it. `no_type_check`, below, is for jaxtyping,
+# which would wrap what Triton has to read.
 if TYPE_CHECKING:
     constexpr = Any
 else:
@@ -45,6 +46,7 @@ class How(NamedTuple):
 
 
 @triton.jit
+@no_type_check
 def _inverse(x, asm: constexpr) -> Any:
     """Return 1 / x, off by an ulp; a subnormal result is 0, which Triton's division spends four instructions on."""
     if asm:
@@ -55,6 +57,7 @@ def _inverse(x, asm: constexpr) -> Any:
 
 
 @triton.jit
+@no_type_check
 def _tanh(size, exact: constexpr, asm: constexpr):
     """Return tanh and its slope for size >= 0; one exponential gives both without cancellation in the slope."""
     e = tl.exp2(size * (-2 * _LOG2_E))
@@ -69,6 +72,7 @@ def _tanh(size, exact: constexpr, asm: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _rise(size, asm: constexpr):
     """Return 1 - exp(-size) for size >= 0, by way of tanh(size / 2), which is exact next to 0."""
     t, _ = _tanh(size * 0.5, True, asm)
@@ -76,6 +80,7 @@ def _rise(size, asm: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _sin(z):
     """Return sin(z) for |z| <= pi / 2: Taylor's series, whose next term is below 7e-10.
 
@@ -87,6 +92,7 @@ def _sin(z):
 
 
 @triton.jit
+@no_type_check
 def _erf(size, gauss, asm: constexpr):
     """Return erf for size >= 0 from gauss = exp(-size²), off by 1.5e-7, and by 2e-6 of itself.
 
@@ -99,6 +105,7 @@ def _erf(size, gauss, asm: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _half_curve(a, how: constexpr):
     """Return f and f' of the odd functions for a >= 0."""
     if how.function == "dyt":
@@ -127,6 +134,7 @@ def _half_curve(a, how: constexpr):
 
 
 @triton.jit
+@no_type_check
 def curve(z, how: constexpr):
     """Return f(z) and f'(z)."""
     a = tl.abs(z)
@@ -154,6 +162,7 @@ def curve(z, how: constexpr):
 
 
 @triton.jit
+@no_type_check
 def value(z, how: constexpr):
     """Return f(z) alone."""
     if how.function == "dyt" and how.asm and not how.exact:

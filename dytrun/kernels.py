@@ -12,7 +12,7 @@ Activations are seen as a dense matrix (rows, columns) of one of two kinds:
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -34,6 +34,7 @@ PROGRAMS_PER_PROCESSOR = 2
 
 
 @triton.jit
+@no_type_check
 def _per_channel(parameter, channel, channels, single: constexpr):
     """Load a parameter for some channels, in float32; a missing one stays None."""
     loaded = None
@@ -46,6 +47,7 @@ def _per_channel(parameter, channel, channels, single: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _forward(x, y, parameters, size, how: constexpr):
     """Compute a tile of y; tiles of a row follow each other. `size` is (rows, columns, C)."""
     rows, columns, channels = size
@@ -71,6 +73,7 @@ def _forward(x, y, parameters, size, how: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _place(tile, across, size, how: constexpr):
     """Return for a tile of this program's strip its places in memory, and which of them exist."""
     rows, columns, _ = size
@@ -79,6 +82,7 @@ def _place(tile, across, size, how: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _axes(tile, across, how: constexpr):
     """Return the rows and the columns of a tile of this program's strip."""
     row, column = tl.arange(0, how.tile[0])[:, None], tl.arange(0, how.tile[1])[None, :]
@@ -92,6 +96,7 @@ def _axes(tile, across, how: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _backward(arrays, parameters, sums, size, how: constexpr):
     """Compute dx = alpha * h of a strip, h = dy * weight * f'(z), and the strip's sums of x h, h, dy f and dy.
 
@@ -143,6 +148,7 @@ def _backward(arrays, parameters, sums, size, how: constexpr):
 
 
 @triton.jit
+@no_type_check
 def _write_sum(sums, total, slot: constexpr, where, by_row: constexpr):
     """Sum a tile along the strip and write it, if it has a slot; `where`: spots, which of them exist, a slot's size."""
     if slot >= 0:

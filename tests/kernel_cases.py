@@ -3,7 +3,8 @@
 Tolerances are bounds, not measurements. z = alpha * x + shift is off by at most `dz`, two roundings of each of its
 terms; f is monotone, so it is then off by no more than at the ends of z ± dz, and its slope is taken there too. The
 kernels' own maths are at most eight operations off by an ulp: `OWN` of the value, or of 1 where the kernel computes for
-a result in bf16 (it knows tanh and erf there up to that). Last comes the rounding to the dtype of the result.
+a result in bf16 (it knows tanh and erf there up to that). Last comes the rounding to the dtype of the result, which
+Triton's interpreter leaves out for bf16: it cuts off.
 """
 
 import math
@@ -18,9 +19,14 @@ from dytrun.kernels import DTYPES, FUSED
 from dytrun.norm import FUNCTIONS
 from dytrun.norm import point_wise as formula
 
+# The interpreter computes with numpy, which warns of what a GPU does silently.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
 OWN = 8 * EPS
+# Below this, exponentials and products lose bits, or become 0.
+LEAST = torch.finfo(torch.float32).smallest_normal
 # tanh.approx.f32, PTX ISA; the interpreter has no PTX.
 APPROX = 2**-11 if DEVICE == "cuda" else 0.0
 # Near pi / 2 a cosine in float32 is as far off as pi / 2 is.
@@ -93,9 +99,9 @@ def names(case: Case) -> list[str]:
 
 
 def rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half an ulp of a dtype, or of its smallest number."""
-    kind = torch.finfo(dtype)
-    return kind.eps / 2 * value.abs() + kind.smallest_normal * kind.eps
+    """Half an ulp of a dtype, or a whole one where bits are cut off, and as much of its smallest number."""
+    kind, share = torch.finfo(dtype), 1.0 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.5
+    return share * kind.eps * value.abs() + kind.smallest_normal * kind.eps
 
 
 def limits(case: Case, function: str, out_dtype: torch.dtype, dy: Tensor) -> list[Tensor]:
@@ -113,7 +119,7 @@ def limits(case: Case, function: str, out_dtype: torch.dtype, dy: Tensor) -> lis
     absolute = out_dtype == torch.bfloat16
     off = torch.maximum((high - f).abs(), (low - f).abs()) + OWN * (1 if absolute else f.abs())
     forward = off + (APPROX * f.abs() if function == "dyt" and absolute else 0)
-    off_slope = (slopes - slope).abs().amax(0) + OWN * (1 if function in ABSOLUTE_SLOPE else slope)
+    off_slope = (slopes - slope).abs().amax(0) + OWN * (1 if function in ABSOLUTE_SLOPE else slope) + LEAST
 
     h, off_h = dy * weight * slope, (dy * weight).abs() * (off_slope + 2 * EPS * slope)
     found = [weight.abs() * forward + 2 * EPS * ((weight * f).abs() + bias.abs())]
@@ -125,7 +131,9 @@ def limits(case: Case, function: str, out_dtype: torch.dtype, dy: Tensor) -> lis
         "bias": (dy, torch.zeros_like(dy)),
     }
     for name, parameter in zip(names(case), case.tensors()[1:], strict=True):
-        term, off_term = (t.expand(case.x.shape).movedim(case.axis, -1).flatten(0, -2) for t in terms[name])
+        term, off_term = (
+            t.expand(case.x.shape).movedim(case.axis, -1).reshape(-1, case.x.shape[case.axis]) for t in terms[name]
+        )
         # Terms are added up channel by channel, whatever the order, and for a scalar then the channels.
         depth = term.shape[0] + (term.shape[1] if parameter.numel() == 1 else 0)
         total = (off_term + depth * EPS * term.abs()).sum(0)
@@ -195,6 +203,11 @@ VIEWS = {
     "more channels than a tile is wide": ((5, 700), -1, lambda x: x),
 }
 
+COPIED = {
+    "every other channel", "every other token", "a cut image", "a matrix, transposed", "every other number of a row",
+    "one copied row",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_any_strides(view):
@@ -204,7 +217,7 @@ def test_any_strides(view):
     case = make(tuple(x.shape), axis)._replace(x=x)
     check(case, "dyt", torch.float32, torch.randn(x.shape, device=DEVICE))
     y = kernels.point_wise(x, case.inner, case.affine, "dyt", axis, torch.bfloat16)
-    if x.is_contiguous() or x.movedim(axis, -1).is_contiguous() or x.movedim(axis, min(1, x.ndim - 1)).is_contiguous():
+    if view not in COPIED:
         assert y.stride() == x.stride(), "the memory format stays"
 
 
@@ -248,12 +261,17 @@ def test_what_needs_no_gradient_changes_no_other(layout):
         assert torch.equal(torch.autograd.grad(again, tensors[k], dy)[0], wanted)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((70000, 7), -1), ((35000, 2, 3), 1)])
+@pytest.mark.parametrize(("shape", "axis"), [((65600, 7), -1), ((32800, 2, 3), 1)])
 def test_more_rows_than_a_grid_has_on_its_other_axes(shape, axis):
+    check(make(shape, axis, torch.bfloat16), "dyt", torch.bfloat16, torch.randn(shape, device=DEVICE))
+
+
+@pytest.mark.parametrize("layout", AXES)
+def test_the_same_bits_every_time(layout):
+    shape, axis = AXES[layout]
     case, dy = make(shape, axis, torch.bfloat16), torch.randn(shape, device=DEVICE)
-    check(case, "dyt", torch.bfloat16, dy)
     one, other = (run(case, "dyt", torch.bfloat16, dy) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip((one[0], *one[1]), (other[0], *other[1]), strict=True)), "same bits"
+    assert all(torch.equal(a, b) for a, b in zip((one[0], *one[1]), (other[0], *other[1]), strict=True))
 
 
 SATURATED = {"dyt": 1, "derf": 1, "identity": math.inf, "hardtanh": 1, "sigmoid": 1, "satursin": 1, "exproot": 1,
@@ -269,19 +287,19 @@ def test_the_ends_and_the_middle(function, dtype):
     x = torch.tensor([[math.inf, -math.inf, math.nan, 0.0, 1e30, -1e30, 1e-30, -1e-30]], device=DEVICE, dtype=dtype)
     x.requires_grad_()
     alpha = torch.ones(1, device=DEVICE, requires_grad=True)
-    y = kernels.point_wise(x, (alpha, None), (None, None), function, -1, dtype)
+    y = kernels.point_wise(x, (alpha, None), (None, None), function, -1, dtype).detach()
+    # An ulp is what the interpreter cuts off.
     top = SATURATED[function]
     bottom = 0 if function == "sigmoid" else -top
-    assert y[0, :2].tolist() == pytest.approx([top, bottom], rel=float(OWN))
+    assert y[0, :2].tolist() == pytest.approx([top, bottom], rel=torch.finfo(dtype).eps + OWN)
     assert math.isnan(y[0, 2])
-    dx, of_alpha = torch.autograd.grad(y[:, 3:].sum(), (x, alpha))
-    # bf16 knows seven bits behind the leading one.
-    assert dx[0, 3].item() == pytest.approx(SLOPE_AT_0[function], rel=2**-8 if dtype == torch.bfloat16 else OWN)
+
     finite = x.detach()[:, 3:].clone().requires_grad_()
     y = kernels.point_wise(finite, (alpha, None), (None, None), function, -1, dtype)
     dx, of_alpha = torch.autograd.grad(y.sum(), (finite, alpha))
-    assert bool(y.isfinite().all()) and bool(dx.isfinite().all()) and bool(of_alpha.isfinite().all())
-    assert y[0, 0] == (0.5 if function == "sigmoid" else 0)
+    assert all(bool(t.isfinite().all()) for t in (y, dx, of_alpha))
+    assert y[0, 0].item() == (0.5 if function == "sigmoid" else 0)
+    assert dx[0, 0].item() == pytest.approx(SLOPE_AT_0[function], rel=torch.finfo(dtype).eps + OWN)
 
 
 def test_a_second_derivative_is_refused():
