@@ -1,9 +1,9 @@
 """The point-wise layers as two Triton kernels, for CUDA outside of torch.compile.
 
-Written out in torch operations, a layer reads and writes its activations some five times in the forward pass and ten
-in the backward pass. Here each pass reads what it needs once, writes its result once, in the dtype that is asked for,
-and keeps nothing but x; maths and sums are float32. Nothing is tuned at run time, and no sum is left to atomics: equal
-inputs give equal bits on equal devices.
+Written out in torch operations, a layer reads and writes its activations once for each of them, forward and backward.
+Here each pass reads what it needs once, writes its result once, in the dtype that is asked for, and keeps nothing but
+x; maths and sums are float32. Nothing is tuned at run time, and no sum is left to atomics: equal inputs give equal bits
+on equal devices.
 
 Activations are seen as a dense matrix (rows, columns) of one of two kinds:
     by column: (tokens, C), the channel is the column; channels last in memory;
