@@ -99,7 +99,8 @@ MAY_IMPORT = {
     "machine": {"config", "errors", "launcher_config"},
     "norm": {"cpu_kernels", "kernels"},
     "cpu_kernels": set(),
-    "kernels": set(),
+    "kernels": {"curves"},
+    "curves": set(),
     "convert": {"norm", "sites", "errors"},
     "sites": {"errors"},
     "optim": {"config", "errors", "norm"},
@@ -122,6 +123,7 @@ ONLY_IN = {
     "omegaconf": {"compose", "hydra_settings"},
     "submitit": {"launch", "slurm"},
     "wandb": {"wandb_link"},
+    "triton": {"curves", "kernels"},
 }
 WITHOUT_TORCH = {
     "cli",
