@@ -60,7 +60,7 @@ def point_wise(
 
     `inner` is (alpha, shift), each of shape (1,) or (C,); `affine` is (weight, bias), each (C,); None leaves one out.
     """
-    return _PointWise.apply(x, *inner, *affine, call)
+    return _PointWise.apply(call, x, *inner, *affine)
 
 
 def fits_native(x: Tensor, out_dtype: torch.dtype) -> bool:
@@ -70,30 +70,31 @@ def fits_native(x: Tensor, out_dtype: torch.dtype) -> bool:
 
 class _PointWise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                call: Call) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.call = call
-        ctx.save_for_backward(x, alpha, shift, weight, bias)
+        ctx.save_for_backward(x, *parameters)
+        alpha, shift, weight, bias = parameters
+        assert alpha is not None
         return (_native_forward if call.is_native else _torch_forward)(x, (alpha, shift), (weight, bias), call)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, shift, weight, bias = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody wants the gradient of this gradient
-            given = [value for value, wants in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if wants]
+            given = [value for value, is_needed in zip(ctx.saved_tensors, needed, strict=True) if is_needed]
             y = ctx.call.formula(x, (alpha, shift), (weight, bias))
             found = iter(torch.autograd.grad(y, given, grads[0], create_graph=True))
-            return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None
+            return None, *(next(found) if is_needed else None for is_needed in needed)
         backward = _native_backward if ctx.call.is_native else _torch_backward
         dx, sums = backward(grads[0], x, (alpha, shift), weight, ctx.call)
-        values = (value if wants else None for value, wants in
-                  zip((alpha, shift, weight, bias), ctx.needs_input_grad[1:5], strict=True))  # fmt: skip
-        return dx, *(_like(total, value) for total, value in zip(sums, values, strict=True)), None
+        parameters = zip(sums, (alpha, shift, weight, bias), needed[1:], strict=True)
+        return None, dx, *(_like(total, value) if is_needed else None for total, value, is_needed in parameters)
 
 
-def _like(total: Tensor, value: Tensor | None) -> Tensor | None:
+def _like(total: Tensor, value: Tensor) -> Tensor:
     """Bring a sum a channel to the shape and dtype of the parameter it is the gradient of."""
-    return None if value is None else (total.sum().view(1) if value.numel() == 1 else total).to(value.dtype)
+    return (total.sum().view(1) if value.numel() == 1 else total).to(value.dtype)
 
 
 def _native_forward(x: Tensor, inner: _Inner, affine: _Two, call: Call) -> Tensor:

@@ -84,6 +84,7 @@ def arctan(z: Tensor) -> Tensor:
 
 def smoothsign(z: Tensor) -> Tensor:
     """z / (1 + |z|): ViT-B 82.4 (Derf's paper)."""
+    z = z.clamp(-1e30, 1e30)  # beyond, it is 1 to the last bit, and infinity over infinity would be no number
     return z / (1 + z.abs())
 
 

@@ -24,7 +24,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from urllib.request import urlopen
 
 from dytrun.config import RunConfig, TrackingConfig
 from dytrun.errors import UserError, first_line
+from dytrun.paired import Table
 from dytrun.records import AXES, RunResult, write_json
 
 _PROBE_TIMEOUT_S = 2.0
@@ -158,6 +159,37 @@ def open_link(config: RunConfig, run_dir: Path) -> Link | None:
     return Link(run, known, note, state, run_id, _log_of(folder, run.id))
 
 
+def log_bench(config: RunConfig, file: Path, values: dict[str, Any], tables: Sequence[Table]) -> None:
+    """Give W&B the tables of a benchmark as a run of its own, named after the file that they are in.
+
+    Raises:
+        UserError: `tracking.mode=online` and W&B cannot be reached; the file is written.
+    """
+    mode, _ = choose_mode(config.tracking)
+    if mode == "off":
+        return
+    tracking, wandb = config.tracking, _library()
+    try:
+        run = wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group or "bench",
+            name=f"bench-{file.stem}",
+            job_type="bench",
+            tags=tracking.tags,
+            dir=str(file.parent),
+            mode=mode,
+            config={name: value for name, value in values.items() if not isinstance(value, list)},
+            settings=_settings(wandb),
+        )
+        for table in tables:
+            run.log({table.title: wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])})
+        run.summary["notes"] = [note for table in tables for note in table.notes]
+        run.finish()
+    except Exception as error:  # wandb raises CommError, UsageError, and what its service process died of
+        raise UserError(f"tracking.mode: W&B did not take it ({first_line(error)}); it is in {file}") from error
+
+
 def abandon(at_once: bool) -> None:
     """Give up W&B's service process and everything that it still has to do; `at_once` without asking it."""
     if at_once:
@@ -195,17 +227,21 @@ def _init(config: RunConfig, run_dir: Path, run_id: str, mode: str) -> Any:
         dir=str(run_dir),
         mode=mode,
         config=config.science() | {"machine": config.machine.model_dump(mode="json"), "pair_id": config.pair_id},
-        # Nothing of the command line, the environment or the code goes to a server unasked: a key may be in it.
-        settings=wandb.Settings(
-            init_timeout=_INIT_TIMEOUT_S,
-            finish_timeout=_FINISH_TIMEOUT_S,
-            finish_timeout_raises=True,
-            x_disable_meta=True,
-            disable_git=True,
-            save_code=False,
-            console="off",
-            silent=True,
-        ),
+        settings=_settings(wandb),
+    )
+
+
+def _settings(wandb: Any) -> Any:
+    """Nothing of the command line, the environment or the code goes to a server unasked: a key may be in it."""
+    return wandb.Settings(
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=_FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
+        x_disable_meta=True,
+        disable_git=True,
+        save_code=False,
+        console="off",
+        silent=True,
     )
 
 

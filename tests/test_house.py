@@ -110,7 +110,7 @@ MAY_IMPORT = {
     "terminal": {"records"},
     "tracking": {"config", "errors", "journal", "records", "wandb_link"},
     "journal": {"errors", "records"},
-    "wandb_link": {"config", "errors", "records"},
+    "wandb_link": {"config", "errors", "paired", "records"},
     "stats": set(),
     "pairs": {"records", "stats", "errors"},
     "report": {"pairs", "records", "stats", "page"},

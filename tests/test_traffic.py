@@ -19,7 +19,7 @@ ROW = 2 * 4 / CHANNELS
 def counted():
     """Return what a process of its own counts: the shape checks around every function would be compiled too."""
     alone = f"{ROWS}x{CHANNELS} (LayerNorm|naive DyT|DyT|DyT, wide|DyT by sigmoid|Derf, wide|isru, wide)"
-    only = f"^({alone}|block .* (LayerNorm|DyT|Derf), wide)$"
+    only = f"^({alone}|block .* {ROWS}x{CHANNELS} (LayerNorm|DyT|Derf), wide)$"
     command = [sys.executable, str(Path(__file__).with_name("traffic.py")), "--json", "--only", only]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
