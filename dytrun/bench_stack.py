@@ -58,7 +58,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     options: StackBench = config.bench
     name = _SIZE[device.type] if options.size == "auto" else options.size
     size = llama.SIZES[name]
-    tokens = _TOKENS[device.type] if options.tokens == "auto" else options.tokens
+    tokens = _TOKENS[device.type] if options.length == "auto" else options.length
     random = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, tokens, size.width, generator=random, device=device).to(_DTYPES[config.run.precision])
     cells: list[_Cell] = []
@@ -70,7 +70,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
                 cells += _measured(options, (mode, which), halves, x)
     except torch.OutOfMemoryError:
         raise UserError(f"bench: {options.depth} blocks of {name} do not fit into this device's memory; lower "
-                        "bench.depth or bench.tokens") from None  # fmt: skip
+                        "bench.depth or bench.length") from None  # fmt: skip
     except TorchDynamoException as error:
         raise UserError(f"bench.modes: torch cannot compile here ({first_line(error)}); say "
                         "bench.modes=[eager]") from error  # fmt: skip
