@@ -70,7 +70,7 @@ class StackBench(BaseModel):
     passes: Passes
     size: Literal["auto", "small", "7b"]
     depth: Count
-    tokens: _AutoCount
+    length: _AutoCount
     rounds: _ROUNDS
     confidence: _CONFIDENCE
     out: str | None
