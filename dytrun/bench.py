@@ -11,8 +11,7 @@ import torch
 from dytrun import machine
 from dytrun.bench_config import BenchConfig
 from dytrun.errors import UserError
-from dytrun.paired import Found
-from dytrun.records import write_json
+from dytrun.records import Found, write_json
 
 
 def run(config: BenchConfig, say: Callable[[str], None]) -> Found:

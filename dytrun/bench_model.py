@@ -22,7 +22,7 @@ from dytrun.convert import convert_norms
 from dytrun.errors import UserError
 from dytrun.model import compile_model, put_on
 from dytrun.norm_config import PointWiseConfig
-from dytrun.paired import Found, Table
+from dytrun.records import Found, Table
 from dytrun.sites import norm_sites
 from dytrun.state import State, build_state
 

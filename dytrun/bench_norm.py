@@ -21,7 +21,7 @@ from dytrun import norm, paired, timing
 from dytrun.bench_config import BenchConfig
 from dytrun.errors import UserError
 from dytrun.model import INDUCTOR
-from dytrun.paired import Found, Table
+from dytrun.records import Found, Table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHAPES = {

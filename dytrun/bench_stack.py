@@ -21,7 +21,9 @@ from torch._dynamo.exc import TorchDynamoException
 from dytrun import llama, timing
 from dytrun.bench_config import BenchConfig, StackBench
 from dytrun.errors import UserError, first_line
-from dytrun.paired import Found, Ratio, Table, in_turn, median_ms, ratio, verdict
+from dytrun.model import INDUCTOR
+from dytrun.paired import Ratio, in_turn, median_ms, ratio, verdict
+from dytrun.records import Found, Table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENS = {"cuda": 4096, "cpu": 256}
@@ -103,10 +105,10 @@ def _stack(arm: str, mode: str, what: str, halves: llama.Halves, x: Tensor) -> l
     """Build an arm's stack, to be compiled at its first call; with `fullgraph` a part that stays eager is an error."""
     stack = llama.Stack(arm, halves, x)
     if mode == "compiled" and what == "whole":
-        stack.compile(dynamic=False, fullgraph=True)
+        stack.compile(dynamic=False, fullgraph=True, options=INDUCTOR)
     elif mode != "eager" and arm != "identity":
         for norm in stack.norms():  # alone, there is nothing around a norm that it could be compiled with
-            norm.compile(dynamic=False, fullgraph=True)
+            norm.compile(dynamic=False, fullgraph=True, options=INDUCTOR)
     return stack
 
 

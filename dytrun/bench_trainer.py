@@ -20,8 +20,7 @@ from dytrun.distributed import Place
 from dytrun.engine import Surroundings, fit
 from dytrun.model import compile_model, put_on
 from dytrun.optim import Plan
-from dytrun.paired import Found, Table
-from dytrun.records import Position, TrainRecord
+from dytrun.records import Found, Position, Table, TrainRecord
 from dytrun.state import State, build_state
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker

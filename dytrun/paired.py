@@ -98,21 +98,3 @@ def wall_ms(call: Callable[[], object]) -> float:
 def median_ms(times: np.ndarray) -> float:
     """Median over rounds."""
     return median(times.tolist()) if times.size else math.nan
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a person is shown of a benchmark."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a benchmark found: tables, and the same as plain values for a JSON file, every single measurement in it."""
-
-    tables: Sequence[Table]
-    values: dict[str, Any]

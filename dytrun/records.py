@@ -224,6 +224,24 @@ def to_json_line(record: Record) -> str:
     return json.dumps(_finite(axes | record.metrics()))
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a person is shown of a benchmark."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a benchmark found: tables, and the same as plain values for a JSON file, every single measurement in it."""
+
+    tables: Sequence[Table]
+    values: dict[str, Any]
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all: a reader sees the old one or the new one."""
     with whole_file(path) as file:

@@ -34,8 +34,7 @@ from urllib.request import urlopen
 
 from dytrun.config import RunConfig, TrackingConfig
 from dytrun.errors import UserError, first_line
-from dytrun.paired import Table
-from dytrun.records import AXES, RunResult, write_json
+from dytrun.records import AXES, RunResult, Table, write_json
 
 _PROBE_TIMEOUT_S = 2.0
 _INIT_TIMEOUT_S = 10.0

@@ -11,9 +11,10 @@ they launch is written down instead of compiled. Where there is a GPU, it is hid
               kernel that sums over rows and columns in one pass keeps partial sums in a workspace, which the
               scheduler does not know of: here it is written by one launch and read by the small ones.
 
-Rows that end in "wide" are compiled as dytrun compiles (model.INDUCTOR), the others with inductor's own options. Bytes are per norm where there are two,
-launches are not. Matrix products are left out. What cannot be seen: times, what L2 saves, what a kernel reads twice,
-what autotuning would choose, the instructions of an element (libdevice.tanh has about 30, which may bind before bytes).
+Rows that end in "wide" are compiled as dytrun compiles (model.INDUCTOR), the others with inductor's own options. Bytes
+are per norm where there are two, launches are not. Matrix products are left out. What cannot be seen: times, what L2
+saves, what a kernel reads twice, what autotuning would choose, the instructions of an element (libdevice.tanh has about
+30, which may bind before bytes).
 """
 
 import argparse
