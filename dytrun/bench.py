@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 from dytrun import machine
 from dytrun.bench_config import BenchConfig
@@ -29,6 +30,7 @@ def run(config: BenchConfig, say: Callable[[str], None]) -> Found:
     machine.prepare_torch(config.run.machine, device)
     if device.type == "cpu":  # no loader works beside it
         torch.set_num_threads(machine.cores())
+        torch._inductor.config.compile_threads = 1  # its helpers would still be starting up while others are measured
     instruments = {
         "norm": bench_norm.measure, "model": bench_model.measure, "trainer": bench_trainer.measure,
         "llama": bench_stack.measure,

@@ -12,7 +12,7 @@ _ROUNDS = Annotated[int, Field(ge=3, le=10_000, strict=True)]
 _CONFIDENCE = Annotated[float, Field(gt=0.5, lt=1)]
 _AutoCount = Literal["auto"] | Count
 Shape = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)+$|^[1-9]\d*(x[1-9]\d*){3}:channels_(first|last)$")]
-NormArm = Literal["ln", "dyt", "formula", "plain", "native", "torch", "triton", "liger", "rms", "identity"]
+NormArm = Literal["ln", "dyt", "formula", "sigmoid", "plain", "native", "torch", "triton", "liger", "rms", "identity"]
 ModelArm = Literal["ln", "dyt", "formula", "rms", "identity"]
 StackArm = Literal["rms", "rms_fused", "dyt", "formula", "identity"]
 Modes = Annotated[list[Literal["eager", "compiled"]], Field(min_length=1)]

@@ -33,10 +33,10 @@ _SHAPES = {
 }  # fmt: skip
 _ARMS = {
     "cpu": ["ln", "ln", "dyt", "torch", "formula", "plain", "rms", "identity"],
-    "cuda": ["ln", "ln", "dyt", "formula", "plain", "rms", "identity"],
+    "cuda": ["ln", "ln", "dyt", "formula", "sigmoid", "plain", "rms", "identity"],
 }
 # What torch.compile makes of an op, and of no layer at all, tells nothing.
-_COMPILED = ("ln", "dyt", "formula", "plain", "rms")
+_COMPILED = ("ln", "dyt", "formula", "sigmoid", "plain", "rms")
 _COLUMNS = ("layer", "mode", "computed by", "fwd µs", "bwd µs", "both µs", "both / first", "fwd GB/s (of copy)",
             "bwd GB/s (of copy)", "saved / x", "launches")  # fmt: skip
 _COPY, _ALPHA = "copy", 0.5
@@ -135,7 +135,7 @@ def _arms(names: list[str], mode: str, case: _Case, device: torch.device, dtype:
     for name in names:
         if mode == "compiled" and name not in _COMPILED:
             continue
-        if mode == "compiled" and name == "formula" and "dyt" in names:
+        if mode == "compiled" and name == norm.compiled_implementation(device, "dyt") and "dyt" in names:
             continue  # the same
         layer = _layer(name, case).to(device, dtype)
         x = torch.empty(0, case.size[case.channel_axis], device=device, dtype=dtype)
@@ -171,8 +171,9 @@ def _layer(name: str, case: _Case) -> nn.Module:
 def _computed_by(name: str, mode: str, x: Tensor) -> str:
     others = {"ln": "F.layer_norm", "rms": "F.rms_norm", "plain": "as in the paper", "identity": "nothing",
               "liger": "liger-kernel"}  # fmt: skip
-    chosen = name if name != "dyt" else "formula" if mode == "compiled" else norm.implementation(x, "dyt")
-    return others.get(name) or norm.IMPLEMENTATIONS[chosen]
+    if name == "dyt":
+        name = norm.compiled_implementation(x.device, "dyt") if mode == "compiled" else norm.implementation(x, "dyt")
+    return others.get(name) or norm.IMPLEMENTATIONS[name]
 
 
 def _rounds(

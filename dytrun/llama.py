@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dytrun.norm import IMPLEMENTATIONS, PointWise, implementation
+from dytrun.norm import IMPLEMENTATIONS, PointWise, compiled_implementation, implementation
 
 
 class Size(NamedTuple):
@@ -131,7 +131,8 @@ def described(arm: str, is_compiled: bool, like: Tensor) -> str:
     """Say what computes the norms of an arm for such hidden states."""
     if arm == "identity":
         return "none"
-    dyt = "formula" if arm == "formula" or is_compiled else implementation(like, "dyt")
+    chosen = compiled_implementation(like.device, "dyt") if is_compiled else implementation(like, "dyt")
+    dyt = "formula" if arm == "formula" else chosen
     said = {"rms": "float32, pow, mean, rsqrt, mul", "rms_fused": "F.rms_norm"}.get(arm) or IMPLEMENTATIONS[dyt]
     return f"{said}; compiled" if is_compiled else said
 
