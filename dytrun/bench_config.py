@@ -14,7 +14,7 @@ _AutoCount = Literal["auto"] | Count
 Shape = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)+$|^[1-9]\d*(x[1-9]\d*){3}:channels_(first|last)$")]
 NormArm = Literal["ln", "dyt", "formula", "sigmoid", "plain", "native", "torch", "triton", "liger", "rms", "identity"]
 ModelArm = Literal["ln", "dyt", "formula", "rms", "identity"]
-StackArm = Literal["rms", "rms_fused", "dyt", "formula", "identity"]
+StackArm = Literal["rms", "rms_fused", "plain", "dyt", "formula", "identity"]
 Modes = Annotated[list[Literal["eager", "compiled"]], Field(min_length=1)]
 Passes = Annotated[list[Literal["train", "infer"]], Field(min_length=1)]
 
@@ -69,7 +69,7 @@ class StackBench(BaseModel):
     modes: Annotated[list[Literal["eager", "norms_compiled", "compiled"]], Field(min_length=1)]
     passes: Passes
     size: Literal["auto", "small", "7b"]
-    depth: Count
+    depth: _AutoCount
     length: _AutoCount
     rounds: _ROUNDS
     confidence: _CONFIDENCE

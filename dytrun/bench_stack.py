@@ -6,6 +6,7 @@ same 12.3 s and the same 38.9 s. Here the arms have the same blocks, the same we
 are measured in turn, in each of three modes: eager, each norm compiled by itself, the whole stack compiled.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from dytrun.paired import Ratio, in_turn, median_ms, ratio, verdict
 from dytrun.records import Found, Table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TOKENS = {"cuda": 4096, "cpu": 256}
-_SIZE = {"cuda": "7b", "cpu": "small"}
+# What `auto` stands for: the paper's shapes, or what two cores measure, and compile, in three minutes.
+_AUTO = {"cuda": {"size": "7b", "depth": 4, "length": 4096}, "cpu": {"size": "small", "depth": 2, "length": 256}}
 _WHAT = ("norms alone", "whole")
 _WARM_UP = 3
 # One measurement is as many calls as fill so much time, or one: what is over at once is not measured by one call.
@@ -58,30 +59,32 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
         UserError: the memory does not suffice, or something cannot be compiled: nothing is run uncompiled instead.
     """
     options: StackBench = config.bench
-    name = _SIZE[device.type] if options.size == "auto" else options.size
+    auto = _AUTO[device.type]
+    name, depth, tokens = (
+        auto[key] if getattr(options, key) == "auto" else getattr(options, key) for key in ("size", "depth", "length")
+    )
     size = llama.SIZES[name]
-    tokens = _TOKENS[device.type] if options.length == "auto" else options.length
     random = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, tokens, size.width, generator=random, device=device).to(_DTYPES[config.run.precision])
     cells: list[_Cell] = []
     try:
-        halves = llama.halves(size, options.depth, x)
+        halves = llama.halves(size, depth, x)
         for mode in options.modes:
             for which in options.passes:
                 say(f"{mode}, {which}: {', '.join(options.arms)}")
                 cells += _measured(options, (mode, which), halves, x)
     except torch.OutOfMemoryError:
-        raise UserError(f"bench: {options.depth} blocks of {name} do not fit into this device's memory; lower "
+        raise UserError(f"bench: {depth} blocks of {name} do not fit into this device's memory; lower "
                         "bench.depth or bench.length") from None  # fmt: skip
     except TorchDynamoException as error:
         raise UserError(f"bench.modes: torch cannot compile here ({first_line(error)}); say "
                         "bench.modes=[eager]") from error  # fmt: skip
-    title = f"{name} (width {size.width}), {options.depth} blocks, {tokens} tokens, {config.run.precision}"
+    title = f"{name} (width {size.width}), {depth} blocks, {tokens} tokens, {config.run.precision}"
     tables = [_table(f"{title}; {mode}", options, [c for c in cells if c.mode == mode], x) for mode in options.modes]
     closing = _closing(options, cells)
     last = tables[-1]
     tables[-1] = Table(last.title, last.columns, last.rows, [*last.notes, *closing])
-    about = {"size": name, "width": size.width, "heads": size.heads, "hidden": size.hidden, "tokens": tokens}
+    about = {"size": name, **size._asdict(), "depth": depth, "tokens": tokens}
     values = [value for cell in cells for value in _values(options, cell, x)]
     return Found(tables, {"stack": about, "measured": values, "closing": closing})
 
@@ -222,19 +225,28 @@ def _values(options: StackBench, cell: _Cell, x: Tensor) -> list[dict[str, Any]]
 
 def _closing(options: StackBench, cells: list[_Cell]) -> list[str]:
     """Say for each pass what becomes of DyT's ratio from mode to mode; nothing where there is one mode, or no DyT."""
-    baseline = options.arms[0]
-    if "dyt" not in options.arms or baseline == "dyt" or len(options.modes) == 1:
+    first, *others = options.arms
+    arms = [(number, arm) for number, arm in enumerate(others, 1) if arm in ("plain", "dyt") and arm != first]
+    if len(options.modes) == 1:
         return []
-    number = options.arms.index("dyt")
     said = []
-    for which in options.passes:
-        found = {cell.mode: cell for cell in cells if cell.which == which and cell.what == "whole"}
-        words = {mode: _word(cell.ratios[number], _itself(options, cell)) for mode, cell in found.items()}
-        each = ", ".join(f"{mode} {cell.ratios[number]} ({words[mode]})" for mode, cell in found.items())
-        compiled = {word for mode, word in words.items() if mode != "eager"}
-        gone = words.get("eager") == "faster" and compiled == {"no difference"}
-        said.append(f"{which}, whole, dyt of {baseline}'s time: {each}{'; compiled, the gain is gone' if gone else ''}")
+    for which, (number, arm) in itertools.product(options.passes, arms):
+        of_pass = [cell for cell in cells if cell.which == which and cell.what == "whole"]
+        ratios = {cell.mode: cell.ratios[number] for cell in of_pass}
+        words = {cell.mode: _word(cell.ratios[number], _itself(options, cell)) for cell in of_pass}
+        each = ", ".join(f"{mode} {found} ({words[mode]})" for mode, found in ratios.items())
+        tail = "; compiled, the gain is gone" if _is_gone(ratios, words) else ""
+        said.append(f"{which}, whole, {arm} of {first}'s time: {each}{tail}")
     return said
+
+
+def _is_gone(ratios: dict[str, Ratio], words: dict[str, str]) -> bool:
+    """Whether eager mode is faster and no compiled one is; one whose interval holds eager mode's shows nothing."""
+    eager = ratios.get("eager")
+    if eager is None or words["eager"] != "faster":
+        return False
+    compiled = {mode: found for mode, found in ratios.items() if mode != "eager"}
+    return all(words[mode] != "faster" and found.overlaps(eager) is False for mode, found in compiled.items())
 
 
 def _word(found: Ratio, itself: Ratio | None) -> str:
@@ -243,5 +255,5 @@ def _word(found: Ratio, itself: Ratio | None) -> str:
     if found.low is None or found.high is None or overlaps is None:
         return "not known"
     if overlaps or found.low <= 1 <= found.high:
-        return "no difference"
+        return "within the error"
     return "faster" if found.median < 1 else "slower"

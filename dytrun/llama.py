@@ -29,6 +29,7 @@ class Size(NamedTuple):
 
 SIZES = {"7b": Size(4096, 32, 11008), "small": Size(256, 4, 688)}
 _EPS = 1e-5  # Llama 2's
+_ALPHA = 0.5
 _ROTARY_BASE = 10_000.0
 
 
@@ -44,6 +45,19 @@ class UnfusedRms(nn.Module):
         maths = x.to(torch.float32)
         maths = maths * torch.rsqrt(maths.pow(2).mean(-1, keepdim=True) + _EPS)
         return self.weight * maths.to(x.dtype)
+
+
+class PlainDyt(nn.Module):
+    """DyT as its paper writes it, in three operators and in the dtype of its input: what the paper timed."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), _ALPHA))
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        """Map each value by itself."""
+        return self.weight * torch.tanh(self.alpha * x)
 
 
 class Attention(nn.Module):
@@ -120,11 +134,11 @@ class Stack(nn.Module):
 def norm_of(arm: str, width: int) -> nn.Module:
     """Build the norm of an arm of `bench=llama`, in float32 on the CPU."""
     if arm in ("dyt", "formula"):
-        layer = PointWise(width, "dyt", alpha_init=0.5)
+        layer = PointWise(width, "dyt", alpha_init=_ALPHA)
         layer.bias = None
         layer.implementation = "formula" if arm == "formula" else None
         return layer
-    return {"rms": UnfusedRms, "rms_fused": _fused_rms, "identity": nn.Identity}[arm](width)
+    return {"rms": UnfusedRms, "rms_fused": _fused_rms, "plain": PlainDyt, "identity": nn.Identity}[arm](width)
 
 
 def described(arm: str, is_compiled: bool, like: Tensor) -> str:
@@ -133,7 +147,8 @@ def described(arm: str, is_compiled: bool, like: Tensor) -> str:
         return "none"
     chosen = compiled_implementation(like.device, "dyt") if is_compiled else implementation(like, "dyt")
     dyt = "formula" if arm == "formula" else chosen
-    said = {"rms": "float32, pow, mean, rsqrt, mul", "rms_fused": "F.rms_norm"}.get(arm) or IMPLEMENTATIONS[dyt]
+    written = {"rms": "float32, pow, mean, rsqrt, mul", "rms_fused": "F.rms_norm", "plain": "mul, tanh, mul"}
+    said = written.get(arm) or IMPLEMENTATIONS[dyt]
     return f"{said}; compiled" if is_compiled else said
 
 

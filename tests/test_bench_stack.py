@@ -1,18 +1,21 @@
 """`bench=llama`: RMSNorm against torch's, what the blocks compute, one set of weights, and a small measurement."""
 
 import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dytrun import bench_stack, llama
 from dytrun.compose import expand
+from dytrun.paired import Ratio
 
 TINY = llama.Size(16, 2, 24)
-ARMS = ["rms", "rms_fused", "dyt", "formula", "identity"]
+ARMS = ["rms", "rms_fused", "plain", "dyt", "formula", "identity"]
 
 
 def hidden(tokens: int = 6, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -34,6 +37,20 @@ def test_rmsnorm_is_torchs_to_the_last_roundings(dtype):
     # with eps likewise, rsqrt and a product, each an eps at most. float16 adds half its smallest number.
     bound = torch.finfo(dtype).eps + (64 / 4 + 4) * torch.finfo(torch.float32).eps
     assert bool(((y.double() - exact).abs() <= bound * exact.abs() + torch.finfo(dtype).smallest_normal * bound).all())
+
+
+def test_plain_dyt_is_the_layer_of_dytrun():
+    torch.manual_seed(0)
+    layer, ours = llama.PlainDyt(16), llama.norm_of("dyt", 16)
+    torch.nn.init.normal_(layer.weight)
+    ours.load_state_dict(layer.state_dict())
+    x = 3 * torch.randn(2, 5, 16)
+    exact = layer.weight.double() * torch.tanh(0.5 * x.double())
+    assert layer.alpha.item() == 0.5
+    for found in (layer(x), ours(x)):
+        # tanh to four units in the last place, and as it is by way of a sigmoid: that of 1, not of its own value.
+        assert bool(((found - exact).abs() <= 4 * torch.finfo(torch.float32).eps * layer.weight.abs()).all())
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_token_sees_itself_and_those_before_it():
@@ -96,7 +113,7 @@ def test_all_arms_share_their_weights_and_a_second_process_has_the_same():
     for name, value in llama.Stack("rms", again, x).named_parameters():
         assert torch.equal(value, stacks[0].get_parameter(name))
         assert bool(value.isfinite().all()) and bool((value != 0).all())
-    assert [len(stack.norms()) for stack in stacks] == [5] * 5
+    assert [len(stack.norms()) for stack in stacks] == [5] * len(ARMS)
     assert {name for name, _ in stacks[ARMS.index("dyt")].norm.named_parameters()} == {"alpha", "weight"}
 
 
@@ -125,23 +142,24 @@ def test_what_computes_the_norms_is_said():
 
 def test_a_measurement_in_eager_mode(monkeypatch):
     monkeypatch.setitem(llama.SIZES, "small", TINY)
+    arms = ["rms", *ARMS]
     config = expand(
-        ["bench=llama", "bench.modes=[eager]", "bench.depth=2", "bench.rounds=3", "bench.length=64"], "bench"
-    )
+        ["bench=llama", f"bench.arms=[{','.join(arms)}]", "bench.modes=[eager]", "bench.depth=2", "bench.rounds=3",
+         "bench.length=64"], "bench",
+    )  # fmt: skip
     lines = []
     found = bench_stack.measure(config.configs[0], torch.device("cpu"), lines.append)
     assert len(lines) == 2
-    arms = ["rms", "rms", *ARMS[1:]]
     (table,) = found.tables
     assert len(table.rows) == 2 * 2 * len(arms)
     assert all(len(row) == len(table.columns) for row in table.rows)
-    assert [row[0] for row in table.rows[:6]] == ["rms", "rms (again)", *ARMS[1:]]
+    assert [row[0] for row in table.rows[:7]] == ["rms", "rms (again)", *ARMS[1:]]
     assert {(row[1], row[2]) for row in table.rows} == {
         (p, w) for p in ("train", "infer") for w in ("norms alone", "whole")
     }
-    assert all("too few rounds (3)" in note for note in table.notes) and len(table.notes) == 2 * 2 * 4
+    assert all("too few rounds (3)" in note for note in table.notes) and len(table.notes) == 2 * 2 * 5
     values = json.loads(json.dumps(found.values))
-    assert values["stack"] == {"size": "small", "width": 16, "heads": 2, "hidden": 24, "tokens": 64}
+    assert values["stack"] == {"size": "small", "width": 16, "heads": 2, "hidden": 24, "depth": 2, "tokens": 64}
     assert values["closing"] == [], "one mode is no comparison"
     measured = values["measured"]
     assert [each["arm"] for each in measured] == 4 * arms
@@ -180,8 +198,6 @@ else:
 
 
 def in_a_process(*overrides: str, **env: str) -> list:
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", _COMPILED, *overrides],
         capture_output=True, text=True, timeout=280, check=False, env=os.environ | env,
@@ -215,3 +231,42 @@ def test_what_cannot_be_compiled_is_not_run_eagerly(tmp_path):
     )  # fmt: skip
     assert name == "UserError"
     assert "torch cannot compile here" in said and "bench.modes=[eager]" in said
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "itself", "tail"),
+    [
+        (
+            [0.8, 0.9],
+            [0.99, 1.01],
+            [0.99, 1.01],
+            "(faster), compiled 1.000 [0.990, 1.010] (within the error); compiled, the gain is gone",
+        ),
+        ([0.8, 0.9], [1.1, 1.2], [0.99, 1.01], "(slower); compiled, the gain is gone"),
+        ([0.8, 0.9], [0.5, 1.5], [0.99, 1.01], "compiled 1.000 [0.500, 1.500] (within the error)"),
+        ([0.8, 0.9], [0.91, 0.97], [0.99, 1.01], "(faster), compiled 0.940 [0.910, 0.970] (faster)"),
+        (
+            [0.95, 1.05],
+            [0.99, 1.01],
+            [0.99, 1.01],
+            "(within the error), compiled 1.000 [0.990, 1.010] (within the error)",
+        ),
+        ([0.8, 0.9], [0.99, 1.01], [0.85, 1.2], "(within the error), compiled 1.000 [0.990, 1.010] (within the error)"),
+        ([0.8, 0.9], [0.99, 1.01], None, "(not known), compiled 1.000 [0.990, 1.010] (not known)"),
+    ],
+)
+def test_the_last_sentence_claims_no_more_than_the_intervals(eager, compiled, itself, tail):
+    def of(interval: list[float]) -> Ratio:
+        return Ratio(sum(interval) / 2, *interval, n=15)
+
+    again = [] if itself is None else ["rms"]
+    config = expand(["bench=llama", "bench.modes=[eager,compiled]", "bench.passes=[infer]",
+                     f"bench.arms=[{','.join(['rms', 'dyt', *again])}]"], "bench").configs[0]  # fmt: skip
+    cells = [
+        bench_stack._Cell(mode, "infer", what, np.ones((3, 15)), [0.0] * 3,
+                          [of([1.0, 1.0]), of(found if what == "whole" else [7.0, 8.0]), *(of(itself) for _ in again)])
+        for mode, found in (("eager", eager), ("compiled", compiled)) for what in ("norms alone", "whole")
+    ]  # fmt: skip
+    (said,) = bench_stack._closing(config.bench, cells)
+    assert said.startswith("infer, whole, dyt of rms's time: eager ")
+    assert said.endswith(tail)
