@@ -13,7 +13,7 @@ import torch
 
 from dytrun import arm, paired, timing
 from dytrun.bench_config import BenchConfig
-from dytrun.bench_model import bare_step, batch_size, random_batch
+from dytrun.bench_model import at_rest, bare_step, batch_size, random_batch
 from dytrun.checkpoint import Store
 from dytrun.config import RunConfig
 from dytrun.distributed import Place
@@ -82,10 +82,10 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
 
 
 def _as_measured(run: RunConfig, steps: int) -> RunConfig:
-    """Let a record be due after each round, and a checkpoint never."""
+    """Let a record be due after each round, and a checkpoint never; the weights stay as they are."""
     tracking = run.tracking.model_copy(update={"log_every_steps": steps, "mode": "off"})
     checkpoint = run.checkpoint.model_copy(update={"every_minutes": None})
-    return run.model_copy(update={"tracking": tracking, "checkpoint": checkpoint})
+    return at_rest(run).model_copy(update={"tracking": tracking, "checkpoint": checkpoint})
 
 
 def _state(run: RunConfig, device: torch.device) -> State:
