@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +59,11 @@ def target(config: BenchConfig) -> Path:
     default = Path(config.run.runs_dir) / "bench" / f"{config.bench.name}-{clock}.json"
     path = Path(config.bench.out or default)
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EISDIR if path.is_dir() else errno.EACCES, "it is a folder, or in one without "
-                                  "the right to write")  # fmt: skip
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise UserError(f"bench.out: {path} cannot be written ({error.strerror}); choose another") from None
     return path

@@ -24,8 +24,8 @@ class NormBench(BaseModel):
 
     model_config = STRICT
     name: Literal["norm"]
-    shapes: Literal["auto"] | Annotated[list[Shape], Field(min_length=1)]
-    arms: Literal["auto"] | Annotated[list[NormArm], Field(min_length=2)]
+    shapes: Annotated[list[Shape], Field(min_length=1)] | None
+    arms: Annotated[list[NormArm], Field(min_length=2)] | None
     modes: Modes
     rounds: _ROUNDS
     unit_ms: Positive

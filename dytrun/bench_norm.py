@@ -83,9 +83,9 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
         UserError: an arm cannot run on this device, or not with these activations.
     """
     bench, dtype = config.bench, _DTYPES[config.run.precision]
-    shapes = _SHAPES[device.type] if bench.shapes == "auto" else bench.shapes
+    shapes = _SHAPES[device.type] if bench.shapes is None else bench.shapes
     names = [*_ARMS[device.type], *(["liger"] if _has_liger() and device.type == "cuda" else [])]
-    names = names if bench.arms == "auto" else bench.arms
+    names = names if bench.arms is None else bench.arms
     _check(names, [_case(shape) for shape in shapes], device, dtype)
     tables, values = [], []
     for shape in shapes:

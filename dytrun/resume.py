@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from dytrun import machine, optim
+from dytrun import machine, norm, optim
 from dytrun.checkpoint import Checkpoint, Store
+from dytrun.compute import autocast
 from dytrun.config import RunConfig
 from dytrun.distributed import Place, broadcast_tensors, from_first
 from dytrun.errors import UserError
@@ -82,6 +83,8 @@ def begin(directory: Path, saved: Checkpoint | None, now: Mapping[str, Any], sai
 def build(config: RunConfig, place: Place, plan: optim.Plan, versions: Mapping[str, str]) -> dict[str, Any]:
     """Return what the bits of a run depend on besides its science and its data."""
     settings = config.machine
+    with autocast(config, place.device):
+        norms = norm.described(config.norm.name, settings.compile, place.device)
     return {
         "ranks": place.world,
         "batch_per_rank": plan.batch_per_rank,
@@ -92,6 +95,7 @@ def build(config: RunConfig, place: Place, plan: optim.Plan, versions: Mapping[s
         "cuda": torch.version.cuda if place.device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if place.device.type == "cuda" else None,
         "compile": settings.compile,
+        "norms": norms,  # without a compiler, on a CPU, they have another spelling
         "channels_last": settings.channels_last,
         "deterministic": settings.deterministic,
         "code": _code_digest(),

@@ -67,7 +67,7 @@ def _by_path(error: ValidationError) -> list[dict[str, Any]]:
     for item in error.errors():
         # pydantic puts the chosen member of a union into the path; a user never typed it.
         loc = [str(part) for part in item["loc"]]
-        if loc[:1] == ["norm"] and len(loc) > 2:
+        if loc[:1] in (["norm"], ["bench"]) and len(loc) > 2:
             del loc[1]
         member = r"(literal|constrained|list|int|bool|float|tuple)\b"
         path = ".".join(part for i, part in enumerate(loc) if i < 2 or not re.match(member, part))
@@ -94,6 +94,10 @@ def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
     if error["type"] == "string_pattern_mismatch" and path.startswith("hydra.launcher."):
         where = path.removesuffix(".[key]")
         yield f"{where}: {error['input']!r} holds characters that no field of a batch script takes"
+        return
+    if error["type"] == "string_pattern_mismatch" and path.startswith("bench.shapes."):
+        yield (f"bench.shapes: {error['input']!r} is no shape; say BxNxC, or BxCxHxW:channels_first or :channels_last "
+               "(in quotes, because of the colon)")  # fmt: skip
         return
     if error["type"] == "extra_forbidden":
         if path in known:

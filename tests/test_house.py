@@ -69,7 +69,9 @@ MAY_IMPORT = {
         "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
         "throughput", "tracking", "validation", "warmstart", "watchdog",
     },
-    "resume": {"checkpoint", "config", "distributed", "errors", "machine", "optim", "owner", "sources"},
+    "resume": {
+        "checkpoint", "compute", "config", "distributed", "errors", "machine", "norm", "optim", "owner", "sources",
+    },
     "replay": {
         "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "optim",
         "records", "sources",
