@@ -25,6 +25,11 @@ def config_of(*words: str):
     return compose.expand(words, "bench").configs[0]
 
 
+def eager_dyt() -> str:
+    """Say who computes DyT here: the C++ op, or without a compiler torch's operators."""
+    return norm.IMPLEMENTATIONS[norm.implementation(torch.ones(2, 3), "dyt")]
+
+
 def said(line: str) -> None:
     """Progress is shown to nobody here."""
 
@@ -113,7 +118,7 @@ def test_the_table_of_layers_says_who_computed_what(norms):
     for table in norms.tables:
         rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
         assert [row[0] for row in table.rows] == ["ln", "ln", "dyt", "torch", "formula", "plain", "rms", "identity"]
-        assert rows["dyt"]["computed by"] == norm.IMPLEMENTATIONS["native"]
+        assert rows["dyt"]["computed by"] == eager_dyt()
         assert rows["torch"]["computed by"] == norm.IMPLEMENTATIONS["torch"]
         assert (rows["dyt"]["saved / x"], rows["torch"]["saved / x"], rows["plain"]["saved / x"]) == (
             "1.00", "1.00", "2.00")  # fmt: skip
@@ -141,7 +146,7 @@ def test_a_model_with_and_without_its_norms():
     train = found.values["measured"][0]
     by = {arm["arm"]: arm["computed_by"] for arm in train["arms"]}
     assert by == {
-        "ln": "F.layer_norm, eager", "dyt": "C++ op, eager", "formula": "row-expanded formula, eager",
+        "ln": "F.layer_norm, eager", "dyt": f"{eager_dyt()}, eager", "formula": "row-expanded formula, eager",
         "identity": "no norms",
     }  # fmt: skip
     assert all(np.array(arm["step_ms"]).shape == (3, 2) for arm in train["arms"])
@@ -184,7 +189,7 @@ def test_both_loops_do_the_same_training(tmp_path):
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_leaves_a_file(tmp_path):
     """In a process of its own, where layers can be compiled: the shape checks of the tests would be compiled too."""
-    words = ("bench.shapes=[2x3x8]", "bench.arms=[ln,ln,dyt,formula,native]", "bench.rounds=3", "bench.unit_ms=0.1")
+    words = ("bench.shapes=[2x3x8]", "bench.arms=[ln,ln,dyt,formula,torch]", "bench.rounds=3", "bench.unit_ms=0.1")
     done = dytrun("bench=norm", *words, f"runs_dir={tmp_path}", "tracking.mode=offline")
     assert done.returncode == 0, done.stderr
     assert "2x3x8 fp32" in done.stdout
@@ -197,9 +202,9 @@ def test_the_command_prints_a_table_and_leaves_a_file(tmp_path):
     layers = [(layer["arm"], layer["mode"], layer["computed_by"]) for layer in values["shapes"][0]["layers"]]
     assert layers == [
         *[("ln", "eager", "F.layer_norm")] * 2,
-        ("dyt", "eager", norm.IMPLEMENTATIONS["native"]),
+        ("dyt", "eager", eager_dyt()),
         ("formula", "eager", norm.IMPLEMENTATIONS["formula"]),
-        ("native", "eager", norm.IMPLEMENTATIONS["native"]),
+        ("torch", "eager", norm.IMPLEMENTATIONS["torch"]),
         *[("ln", "compiled", "F.layer_norm")] * 2,
         ("dyt", "compiled", norm.IMPLEMENTATIONS["sigmoid"]),
         ("formula", "compiled", norm.IMPLEMENTATIONS["formula"]),

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, ancestors, dytrun, is_gone, lines, only, processes, wait_for_title
 
+from dytrun import norm
 from dytrun.records import METRICS, RunResult
 
 pytestmark = pytest.mark.slow
@@ -43,7 +45,8 @@ def test_a_run_leaves_what_the_design_says(sweep):
     result = RunResult.load(run_dir / "result.json")
     assert (result.status, result.norm, result.alpha_init, result.seed, result.epochs) == ("finished", "dyt", 0.5, 0, 2)
     assert (result.num_val, result.num_norm_sites, result.steps, result.ranks) == (360, 5, 88, 1)
-    assert result.norm_impl == "C++ op, eager"
+    assert result.norm_impl == norm.described("dyt", "off", torch.device("cpu"))
+    assert result.norm_impl in ("C++ op, eager", "sigmoid-form Function, eager")
     assert result.images_per_s > 0
     assert 0 < result.step_ms_p50 <= result.step_ms_p95
     assert 0 <= result.data_wait_frac <= 1
