@@ -6,6 +6,7 @@ back to read x and dy and write dx; GB/s are those bytes over the time, beside w
 same rounds.
 """
 
+import math
 from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ _ARMS = {
 _COMPILED = ("ln", "dyt", "formula", "sigmoid", "plain", "rms")
 _COLUMNS = ("layer", "mode", "computed by", "fwd µs", "bwd µs", "both µs", "both / first", "fwd GB/s (of copy)",
             "bwd GB/s (of copy)", "saved / x", "launches")  # fmt: skip
-_COPY, _ALPHA = "copy", 0.5
+_ALPHA = 0.5
 
 
 class _Plain(nn.Module):
@@ -84,9 +85,10 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     """
     bench, dtype = config.bench, _DTYPES[config.run.precision]
     shapes = _SHAPES[device.type] if bench.shapes is None else bench.shapes
-    names = [*_ARMS[device.type], *(["liger"] if _has_liger() and device.type == "cuda" else [])]
-    names = names if bench.arms is None else bench.arms
-    _check(names, [_case(shape) for shape in shapes], device, dtype)
+    names = [*_ARMS[device.type], *["liger"] * (_has_liger() and device.type == "cuda")]
+    if bench.arms is not None:
+        names = bench.arms
+        _check(names, [_case(shape) for shape in shapes], device, dtype)
     tables, values = [], []
     for shape in shapes:
         case = _case(shape)
@@ -135,6 +137,8 @@ def _arms(names: list[str], mode: str, case: _Case, device: torch.device, dtype:
     for name in names:
         if mode == "compiled" and name not in _COMPILED:
             continue
+        if name == "liger" and case.channel_axis == 1:
+            continue  # it has its channels on the last axis
         if mode == "compiled" and name == norm.compiled_implementation(device, "dyt") and "dyt" in names:
             continue  # the same
         layer = _layer(name, case).to(device, dtype)
@@ -181,8 +185,7 @@ def _rounds(
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Warm every layer up, then measure in turn; return facts of each and milliseconds, (arms + copy, rounds, 2)."""
     bench = config.bench
-    xs = [case.tensor(device, dtype).requires_grad_() for _ in range(2)]
-    copies = timing.cold_copies(2 * xs[0].nbytes, device)
+    copies = timing.cold_copies(2 * math.prod(case.size) * dtype.itemsize, device)
     xs = [case.tensor(device, dtype).requires_grad_() for _ in range(copies)]
     dys = [case.tensor(device, dtype) for _ in range(copies)]
     facts = [_facts(arm, xs[0], dys[0], device) for arm in arms]
@@ -236,7 +239,7 @@ def _facts(arm: _Arm, x: Tensor, dy: Tensor, device: torch.device) -> dict[str, 
 
 
 def _table(case: _Case, arms: list[_Arm], facts: list[dict[str, Any]], times: np.ndarray, config: BenchConfig) -> Table:
-    nbytes = int(np.prod(case.size)) * _DTYPES[config.run.precision].itemsize
+    nbytes = math.prod(case.size) * _DTYPES[config.run.precision].itemsize
     copy_ms = paired.median_ms(times[-1, :, 0])
     rows, notes, whole = [], [], times.sum(axis=2)
     for number, (arm, fact) in enumerate(zip(arms, facts, strict=True)):
@@ -276,4 +279,4 @@ def _values(case: _Case, arms: list[_Arm], facts: list[dict[str, Any]], times: n
          "backward_ms": times[number, :, 1].tolist(), "saved_per_x": fact["saved"], "launches": fact["launches"]}
         for number, (arm, fact) in enumerate(zip(arms, facts, strict=True))
     ]  # fmt: skip
-    return {"shape": case.text, "layers": layers, f"{_COPY}_ms": times[-1, :, 0].tolist()}
+    return {"shape": case.text, "layers": layers, "copy_ms": times[-1, :, 0].tolist()}

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -21,9 +22,12 @@ from torch import Tensor
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Without -ffast-math: a NaN has to come out as one, or a run would not notice that it has diverged.
+_PROCESSOR = (
+    ("-march=native", "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
+)
 _FLAGS = (
-    "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
-    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-O3", *_PROCESSOR, "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast",
 )  # fmt: skip
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _Two = tuple[Tensor | None, Tensor | None]
