@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dytrun.errors import UserError
-from dytrun.norm import FUNCTIONS, PointWise
+from dytrun.functions import FUNCTIONS
+from dytrun.norm import PointWise
 
 # Rows (tokens or pixels) that a fit looks at, as many from each batch.
 _MAX_ROWS = 8192

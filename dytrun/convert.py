@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dytrun.errors import UserError
-from dytrun.norm import FUNCTIONS, GroupNorm, PointWise, RmsNorm
+from dytrun.functions import FUNCTIONS
+from dytrun.norm import GroupNorm, PointWise, RmsNorm
 from dytrun.sites import KINDS, Site, chosen_by, matches, norm_sites, norms_left
 
 
@@ -22,7 +23,7 @@ class Conversion:
     """What takes the place of which norms; see `sites.matches` for the patterns."""
 
     name: str = "dyt"
-    """A function of norm.FUNCTIONS, `rms` or `group`."""
+    """A function of functions.FUNCTIONS, `rms` or `group`."""
     alpha_init: float = 0.5
     rules: Mapping[str, float] = field(default_factory=dict)
     """Pattern → alpha_init; where several match, the last one counts."""

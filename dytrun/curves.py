@@ -1,6 +1,6 @@
 """f and f' of the point-wise layers inside a Triton kernel, in float32.
 
-Definitions, and the slope at corners and at 0, are those of norm.FUNCTIONS. Comparisons are written such that NaN falls
+Definitions, and the slope at corners and at 0, are those of functions.FUNCTIONS. Comparisons are written such that NaN falls
 through to the branch that keeps it, and infinities end in the saturated value.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     constexpr = tl.constexpr
 
-# Of norm.FUNCTIONS, those that need nothing but exp, erf and roots.
+# Of functions.FUNCTIONS, those that need nothing but exp, erf and roots.
 FUSED = frozenset({
     "dyt", "derf", "identity", "hardtanh", "sigmoid", "satursin", "exproot", "smoothsign", "isru", "dyisru", "expsign",
     "cubsign",

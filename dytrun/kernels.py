@@ -157,7 +157,7 @@ def _write_sum(sums, total, slot: constexpr, where, by_row: constexpr):
 
 
 def fits(x: Tensor, function: str) -> bool:
-    """Whether the kernels compute `function`, a name of norm.FUNCTIONS, for x."""
+    """Whether the kernels compute `function`, a name of functions.FUNCTIONS, for x."""
     return x.is_cuda and x.dtype in DTYPES and function in FUSED
 
 

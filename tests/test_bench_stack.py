@@ -134,7 +134,7 @@ def test_no_arm_meets_zero_or_infinite_gradients_in_half_precision(dtype, depth)
 def test_what_computes_the_norms_is_said():
     x = hidden()
     assert llama.described("dyt", False, x) in ("C++ op", "sigmoid-form Function")
-    assert llama.described("dyt", True, x) == "row-expanded formula; compiled"
+    assert llama.described("dyt", True, x) == "row-expanded formula, tanh by a sigmoid; compiled"
     assert llama.described("formula", False, x) == "row-expanded formula"
     assert llama.described("identity", True, x) == "none"
     assert len({llama.described(arm, False, x) for arm in ARMS}) == len(ARMS)
@@ -215,7 +215,7 @@ def test_a_measurement_of_compiled_modes():
     assert norms >= 2 * 2
     assert whole >= 2 * (2 + 3)
     assert len(tables) == 3
-    assert [rows[2][-1] for rows in tables[1:]] == ["row-expanded formula; compiled"] * 2
+    assert [rows[2][-1] for rows in tables[1:]] == ["row-expanded formula, tanh by a sigmoid; compiled"] * 2
     assert [line.partition(":")[0] for line in closing] == [
         f"{p}, whole, dyt of rms's time" for p in ("train", "infer")
     ]

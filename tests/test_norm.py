@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dytrun.config import PointWiseConfig
-from dytrun.norm import FUNCTIONS, GroupNorm, PointWise, RmsNorm, dyt, formula
+from dytrun.functions import FUNCTIONS, dyt
+from dytrun.norm import GroupNorm, PointWise, RmsNorm, formula
 
 # f(z) at z = -3, -0.5, 0, 0.5 and 3, from the definitions with the standard library's math.
 AT = (-3.0, -0.5, 0.0, 0.5, 3.0)
