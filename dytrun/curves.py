@@ -1,7 +1,7 @@
 """f and f' of the point-wise layers inside a Triton kernel, in float32.
 
-Definitions, and the slope at corners and at 0, are those of functions.FUNCTIONS. Comparisons are written such that NaN falls
-through to the branch that keeps it, and infinities end in the saturated value.
+Definitions, and the slope at corners and at 0, are those of functions.FUNCTIONS. Comparisons are written such that NaN
+falls through to the branch that keeps it, and infinities end in the saturated value.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, no_type_check
