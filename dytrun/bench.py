@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from torch._dynamo.exc import TorchDynamoException
 
 from dytrun import machine
 from dytrun.bench_config import BenchConfig
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.records import Found, write_json
 
 
@@ -29,20 +30,33 @@ def run(config: BenchConfig, say: Callable[[str], None]) -> Found:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     machine.prepare_torch(config.run.machine, device)
-    if device.type == "cpu":  # no loader works beside it
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # no loader works beside it
         torch.set_num_threads(machine.cores())
+    if device.type == "cpu":
         torch._inductor.config.compile_threads = 1  # its helpers would still be starting up while others are measured
     instruments = {
         "norm": bench_norm.measure, "model": bench_model.measure, "trainer": bench_trainer.measure,
         "llama": bench_stack.measure,
     }  # fmt: skip
     say(f"bench={config.bench.name} on {machine.device_name(device)}, torch {torch.__version__}")
-    found = instruments[config.bench.name](config, device, say)
+    try:
+        found = instruments[config.bench.name](config, device, say)
+    except TorchDynamoException as error:
+        raise UserError(
+            f"bench.modes: torch cannot compile here ({first_line(error)}); say bench.modes=[eager]"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise UserError("bench: the device's memory does not suffice; lower bench.batch, or name fewer arms") from None
+    commit, dirty = machine.commit()
     about = {
         "bench": config.bench.model_dump(mode="json"),
         "device": machine.device_name(device),
         "precision": config.run.precision,
         "model": config.run.model.name,
+        "norm": config.run.norm.name,
+        "compile": config.run.machine.compile,
+        "commit": commit,
+        "dirty": dirty,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }

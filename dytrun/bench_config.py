@@ -2,12 +2,20 @@
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
 
 from dytrun.config import RunConfig
 from dytrun.norm_config import STRICT, Count, Positive
 
-# Below it, the exact interval of a median does not exist at every confidence that is allowed here.
+
+def _each_once(names: list[str]) -> list[str]:
+    if len({*names}) < len(names):
+        raise PydanticCustomError("twice", "each should be named once")
+    return names
+
+
+# Of two values nothing can be said; an interval of 0.99 needs eight.
 _ROUNDS = Annotated[int, Field(ge=3, le=10_000, strict=True)]
 _CONFIDENCE = Annotated[float, Field(gt=0.5, lt=1)]
 _AutoCount = Literal["auto"] | Count
@@ -15,8 +23,8 @@ Shape = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)+$|^[1-9]\d*(x[1-9]\d
 NormArm = Literal["ln", "dyt", "formula", "sigmoid", "plain", "native", "torch", "triton", "liger", "rms", "identity"]
 ModelArm = Literal["ln", "dyt", "formula", "rms", "identity"]
 StackArm = Literal["rms", "rms_fused", "plain", "dyt", "formula", "identity"]
-Modes = Annotated[list[Literal["eager", "compiled"]], Field(min_length=1)]
-Passes = Annotated[list[Literal["train", "infer"]], Field(min_length=1)]
+Modes = Annotated[list[Literal["eager", "compiled"]], Field(min_length=1), AfterValidator(_each_once)]
+Passes = Annotated[list[Literal["train", "infer"]], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class NormBench(BaseModel):
@@ -66,7 +74,9 @@ class StackBench(BaseModel):
     model_config = STRICT
     name: Literal["llama"]
     arms: Annotated[list[StackArm], Field(min_length=2)]
-    modes: Annotated[list[Literal["eager", "norms_compiled", "compiled"]], Field(min_length=1)]
+    modes: Annotated[
+        list[Literal["eager", "norms_compiled", "compiled"]], Field(min_length=1), AfterValidator(_each_once)
+    ]
     passes: Passes
     size: Literal["auto", "small", "7b"]
     depth: _AutoCount

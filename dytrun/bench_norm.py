@@ -39,7 +39,7 @@ _ARMS = {
 # What torch.compile makes of an op, and of no layer at all, tells nothing.
 _COMPILED = ("ln", "dyt", "formula", "sigmoid", "plain", "rms")
 _COLUMNS = ("layer", "mode", "computed by", "fwd µs", "bwd µs", "both µs", "both / first", "fwd GB/s (of copy)",
-            "bwd GB/s (of copy)", "saved / x", "launches")  # fmt: skip
+            "bwd GB/s (of copy)", "saved / x", "launches", "host µs")  # fmt: skip
 _ALPHA = 0.5
 
 
@@ -88,6 +88,8 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     names = [*_ARMS[device.type], *["liger"] * (_has_liger() and device.type == "cuda")]
     if bench.arms is not None:
         names = bench.arms
+        if bench.modes == ["compiled"] and not {*names} & {*_COMPILED}:
+            raise UserError(f"bench.arms: nothing of {names} is compiled; add eager to bench.modes, or other arms")
         _check(names, [_case(shape) for shape in shapes], device, dtype)
     tables, values = [], []
     for shape in shapes:
@@ -125,6 +127,8 @@ def _check(names: list[str], cases: list[_Case], device: torch.device, dtype: to
     if "liger" in names and any(case.channel_axis == 1 for case in cases):
         problems.append("bench.arms: liger's DyT has its channels on the last axis; leave it or the shapes out")
     x = torch.empty(0, device=device, dtype=dtype)
+    if "triton" in names and device.type == "cuda" and norm.implementation(x, "dyt") != "triton":
+        problems.append("bench.arms: there is no Triton op for this dtype or device, or no Triton; leave it out")
     if "native" in names and norm.implementation(x, "dyt") != "native":
         problems.append("bench.arms: there is no C++ op for this dtype, or no compiler here to build it; leave it out")
     if problems:
@@ -235,6 +239,8 @@ def _facts(arm: _Arm, x: Tensor, dy: Tensor, device: torch.device) -> dict[str, 
     return {
         "saved": timing.saved_bytes(lambda: arm.call(x), parameters) / x.nbytes,
         "launches": timing.launches(device, both) if is_seen else generated,
+        # What Python and the launches take where the device computes meanwhile; on a CPU it is in the times.
+        "host_us": 1e3 * median(timing.host_ms(device, both) for _ in range(9)) if device.type == "cuda" else None,
     }
 
 
@@ -250,7 +256,8 @@ def _table(case: _Case, arms: list[_Arm], facts: list[dict[str, Any]], times: np
                  for moved, ms in ((2, forward_ms), (3, backward_ms))]  # fmt: skip
         rows.append([arm.name, arm.mode, arm.computed_by, f"{1e3 * forward_ms:.0f}", f"{1e3 * backward_ms:.0f}",
                      f"{1e3 * paired.median_ms(whole[number]):.0f}", "1" if number == first else str(found), *rates,
-                     f"{fact['saved']:.2f}", str(fact["launches"])])  # fmt: skip
+                     f"{fact['saved']:.2f}", str(fact["launches"]),
+                     "-" if fact["host_us"] is None else f"{fact['host_us']:.0f}"])  # fmt: skip
         if number != first and arm.name == "dyt":
             itself = _itself(arms, whole, first, config.bench.confidence)
             notes.append(f"{arm.mode} {paired.verdict('dyt', found, arms[first].name, itself)}")
@@ -276,7 +283,8 @@ def _rate(nbytes: int, ms: float, copy_per_ms: float) -> str:
 def _values(case: _Case, arms: list[_Arm], facts: list[dict[str, Any]], times: np.ndarray) -> dict[str, Any]:
     layers = [
         {"arm": arm.name, "mode": arm.mode, "computed_by": arm.computed_by, "forward_ms": times[number, :, 0].tolist(),
-         "backward_ms": times[number, :, 1].tolist(), "saved_per_x": fact["saved"], "launches": fact["launches"]}
+         "backward_ms": times[number, :, 1].tolist(), "saved_per_x": fact["saved"], "launches": fact["launches"],
+         "host_us": fact["host_us"]}
         for number, (arm, fact) in enumerate(zip(arms, facts, strict=True))
     ]  # fmt: skip
     return {"shape": case.text, "layers": layers, "copy_ms": times[-1, :, 0].tolist()}

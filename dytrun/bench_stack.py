@@ -241,19 +241,19 @@ def _closing(options: StackBench, cells: list[_Cell]) -> list[str]:
 
 
 def _is_gone(ratios: dict[str, Ratio], words: dict[str, str]) -> bool:
-    """Whether eager mode is faster and no compiled one is; one whose interval holds eager mode's shows nothing."""
+    """Whether eager mode is faster and no compiled one is; one whose interval meets eager mode's shows nothing."""
     eager = ratios.get("eager")
-    if eager is None or words["eager"] != "faster":
+    if eager is None or eager.high is None or words["eager"] != "faster":
         return False
-    compiled = {mode: found for mode, found in ratios.items() if mode != "eager"}
-    return all(words[mode] != "faster" and found.overlaps(eager) is False for mode, found in compiled.items())
+    compiled = {mode: found.low for mode, found in ratios.items() if mode != "eager"}
+    return all(words[mode] != "faster" and low is not None and low > eager.high for mode, low in compiled.items())
 
 
 def _word(found: Ratio, itself: Ratio | None) -> str:
     """Return in a word what `verdict` says in a sentence."""
-    overlaps = None if itself is None else found.overlaps(itself)
-    if found.low is None or found.high is None or overlaps is None:
+    is_beyond = found.is_beyond(itself)
+    if is_beyond is None:
         return "not known"
-    if overlaps or found.low <= 1 <= found.high:
+    if not is_beyond:
         return "within the error"
     return "faster" if found.median < 1 else "slower"

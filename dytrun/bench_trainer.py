@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from dytrun import arm, paired, timing
+from dytrun import arm, norm, paired, timing
 from dytrun.bench_config import BenchConfig
 from dytrun.bench_model import at_rest, bare_step, batch_size, random_batch
 from dytrun.checkpoint import Store
+from dytrun.compute import autocast
 from dytrun.config import RunConfig
 from dytrun.distributed import Place
 from dytrun.engine import Surroundings, fit
@@ -76,8 +77,16 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
         paired.verdict(_OURS, found, f"the {_BARE}", itself),
         f"overhead: {100 * (found.median - 1):+.2f} % (median of {config.bench.rounds} rounds of {steps} steps)",
     ]
-    title = f"{run.model.name} {run.norm.name} {run.precision}, {size} images a step"
-    values = {"batch": size, "steps": steps, "bare_ms": times[:2].tolist(), "dytrun_ms": times[2].tolist()}
+    with autocast(run, device):
+        computed_by = norm.described(run.norm.name, run.machine.compile, device)
+    title = f"{run.model.name} {run.norm.name} ({computed_by}) {run.precision}, {size} images a step"
+    values = {
+        "computed_by": computed_by,
+        "batch": size,
+        "steps": steps,
+        "bare_ms": times[:2].tolist(),
+        "dytrun_ms": times[2].tolist(),
+    }
     return Found([Table(title, ("loop", "step ms", "time / first"), rows, notes)], values)
 
 

@@ -13,12 +13,13 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Without -ffast-math: a NaN has to come out as one, or a run would not notice that it has diverged.
@@ -32,6 +33,8 @@ _FLAGS = (
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _Two = tuple[Tensor | None, Tensor | None]
 _Inner = tuple[Tensor, Tensor | None]
+# Elements that are worth a thread; as many as torch has.
+_GRAIN = 32768
 _SUMS = 4  # rows of what the backward pass sums up: for alpha, shift, weight, bias
 
 
@@ -85,15 +88,30 @@ class _PointWise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, shift, weight, bias = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # somebody wants the gradient of this gradient
-            given = [value for value, is_needed in zip(ctx.saved_tensors, needed, strict=True) if is_needed]
-            y = ctx.call.formula(x, (alpha, shift), (weight, bias))
-            found = iter(torch.autograd.grad(y, given, grads[0], create_graph=True))
-            return None, *(next(found) if is_needed else None for is_needed in needed)
+        # Somebody wants the gradient of this gradient, or a batch of gradients, which has no memory of its own.
+        if torch.is_grad_enabled() or _is_batched(grads[0]):
+            return None, *_by_formula(ctx.saved_tensors, needed, grads[0], ctx.call)
         backward = _native_backward if ctx.call.is_native else _torch_backward
         dx, sums = backward(grads[0], x, (alpha, shift), weight, ctx.call)
         parameters = zip(sums, (alpha, shift, weight, bias), needed[1:], strict=True)
         return None, dx, *(_like(total, value) if is_needed else None for total, value, is_needed in parameters)
+
+
+def _by_formula(
+    inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor, call: Call
+) -> Iterator[Tensor | None]:
+    """Differentiate the formula instead, by its inputs alone: one of them may have been made of another, or be it."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, alpha, shift, weight, bias = aliases = [None if value is None else value.view_as(value) for value in inputs]
+        y = call.formula(x, (alpha, shift), (weight, bias))
+    given = [value for value, is_needed in zip(aliases, needed, strict=True) if is_needed and value is not None]
+    found = iter(torch.autograd.grad(y, given, dy, create_graph=create_graph))
+    return (next(found) if is_needed else None for is_needed in needed)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    return is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
 
 
 def _like(total: Tensor, value: Tensor) -> Tensor:
@@ -113,7 +131,7 @@ def _native_backward(dy: Tensor, x: Tensor, inner: _Inner, weight: Tensor | None
     if dy.stride() != x.stride():  # also what was expanded
         dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
     dx = torch.empty_like(x)
-    sums = torch.empty(_SUMS, layout.channels, dtype=torch.float64)
+    sums = torch.empty(_SUMS, layout.channels, dtype=torch.float64, device="cpu")
     _run("backward", (x, dy), (x, dy, dx), _rows(layout.channels, (*inner, weight)), layout, sums)
     return dx, sums
 
@@ -126,12 +144,13 @@ def _run(
     assert native is not None
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, *rows, *sums)]
     kernel = getattr(native, "_".join((name, *(_DTYPES[tensor.dtype] for tensor in typed))))
-    kernel(*pointers, layout, ctypes.c_int(torch.get_num_threads()))
+    threads = min(torch.get_num_threads(), max(1, layout.rows * layout.cols // _GRAIN))
+    kernel(*pointers, layout, ctypes.c_int(threads))
 
 
 def _rows(channels: int, values: tuple[Tensor | None, ...]) -> Tensor:
     """Bring alpha, shift, weight (and bias) to one float32 value a channel; an absent one changes nothing."""
-    rows = torch.empty(len(values), channels)
+    rows = torch.empty(len(values), channels, dtype=torch.float32, device="cpu")
     for row, value, absent in zip(rows, values, (1.0, 0.0, 1.0, 0.0), strict=False):
         row.fill_(absent) if value is None else row.copy_(value.detach())
     return rows
@@ -204,13 +223,23 @@ def library() -> ctypes.CDLL | None:
             kept = _cache() or Path(scratch)
             file = kept / f"cpu_kernels-{name}.so"
             if not file.exists():
-                part = kept / f"{file.name}.{os.getpid()}"
-                command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(part)]
-                subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=300)
-                part.replace(file)  # whole or not at all, whoever else is at it
+                _compile(compiler, file)
             return ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _compile(compiler: str, file: Path) -> None:
+    """Compile whole or not at all, whoever else is at it."""
+    number, name = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
+    os.close(number)
+    part = Path(name)
+    try:
+        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", name]
+        subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=300)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _cache() -> Path | None:

@@ -157,8 +157,13 @@ def _write_sum(sums, total, slot: constexpr, where, by_row: constexpr):
 
 
 def fits(x: Tensor, function: str) -> bool:
-    """Whether the kernels compute `function`, a name of functions.FUNCTIONS, for x."""
-    return x.is_cuda and x.dtype in DTYPES and function in FUSED
+    """Whether the kernels compute `function`, a name of functions.FUNCTIONS, for x: on NVIDIA's GPUs from A100 on."""
+    return x.is_cuda and x.dtype in DTYPES and function in FUSED and _is_able(x.device)
+
+
+@functools.cache
+def _is_able(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def point_wise(

@@ -12,6 +12,8 @@ where that is on, as a linear layer's output has.
 
 import functools
 import math
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dytrun import cpu_kernels
 from dytrun.functions import FUNCTIONS, dyt_by_sigmoid
@@ -71,14 +74,16 @@ def implementation(x: Tensor, function: str) -> str:
     """Choose what computes a function of these activations, a key of IMPLEMENTATIONS: the one place where it is chosen.
 
     Under torch.compile, export and tracing it is the formula, because a compiler fuses it with what stands around it
-    and cannot look into an op; so it is where tensors are not plain ones (torch.func, fake tensors), and for a
-    function or a dtype that no kernel is there for.
+    and cannot look into an op; so it is where tensors are not plain ones (torch.func, forward-mode derivatives, fake
+    tensors), and for a function, a dtype or a device that no kernel is there for.
     """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return compiled_implementation(x.device, function)
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return "formula"
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "formula"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return "formula"
     if x.is_cuda:
         return "triton" if _triton() and _triton().fits(x, function) else "formula"
@@ -121,7 +126,9 @@ def out_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def _triton() -> Any:
-    """Return the Triton kernels, or None where Triton is not installed."""
+    """Return the Triton kernels, or None without Triton, or without the C compiler that it needs to start them."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return None
     try:
         from dytrun import kernels
     except ImportError:

@@ -29,23 +29,24 @@ class Ratio:
         interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
         return f"{self.median:.3f}{interval}"
 
-    def overlaps(self, other: "Ratio") -> bool | None:
-        """Whether two intervals have a point in common; None where one is missing."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
+    def is_beyond(self, itself: "Ratio | None") -> bool | None:
+        """Whether the whole interval is further from 1 than the baseline is from itself; None where nobody knows."""
+        if self.low is None or self.high is None or itself is None or itself.low is None or itself.high is None:
             return None
-        return self.low <= other.high and other.low <= self.high
+        error = max(abs(itself.low - 1), abs(itself.high - 1))
+        return self.low - 1 > error or 1 - self.high > error
 
 
 def in_turn(measures: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
     """Call every measure once a round; return what they said, (arms, rounds), or (arms, rounds, n) for n values.
 
-    A round begins one arm later than the last one, and every second round goes backwards, so that no arm always
-    follows the same other one.
+    Every round has an order of its own, drawn from a fixed seed, so that no arm always follows the same other one and
+    finds the caches and the clock as that one leaves them.
     """
+    random = np.random.default_rng(0)
     found: list[list[Any]] = [[None] * rounds for _ in measures]
     for number in range(rounds):
-        order = np.roll(np.arange(len(measures)), -(number // 2))[:: -1 if number % 2 else 1]
-        for arm in order:
+        for arm in random.permutation(len(measures)):
             found[arm][number] = measures[arm]()
     return np.array(found)
 
@@ -79,9 +80,10 @@ def verdict(name: str, found: Ratio, baseline: str, itself: Ratio | None) -> str
     against = f"{name}: {found} of {baseline}'s time"
     if itself is None:
         return f"{against}; {baseline} was not measured against itself, so the instrument's error is not known"
-    if found.low is None or found.high is None or itself.low is None:
+    is_beyond = found.is_beyond(itself)
+    if is_beyond is None or found.low is None or found.high is None:
         return f"{against}; too few rounds ({found.n}) for an interval, nothing may be concluded"
-    if found.low <= 1 <= found.high or found.overlaps(itself):
+    if not is_beyond:
         return f"{against}; no larger than the error of the measurement ({baseline} against itself {itself})"
     faster = "faster" if found.median < 1 else "slower"
     low, high = sorted((abs(found.low - 1), abs(found.high - 1)))

@@ -181,10 +181,13 @@ def log_bench(config: RunConfig, file: Path, values: dict[str, Any], tables: Seq
             config={name: value for name, value in values.items() if not isinstance(value, list)},
             settings=_settings(wandb),
         )
-        for table in tables:
-            run.log({table.title: wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])})
-        run.summary["notes"] = [note for table in tables for note in table.notes]
-        run.finish()
+        try:
+            for table in tables:
+                rows = [list(row) for row in table.rows]
+                run.log({table.title: wandb.Table(columns=list(table.columns), data=rows)})
+            run.summary["notes"] = [note for table in tables for note in table.notes]
+        finally:
+            run.finish()
     except Exception as error:  # wandb raises CommError, UsageError, and what its service process died of
         raise UserError(f"tracking.mode: W&B did not take it ({first_line(error)}); it is in {file}") from error
 

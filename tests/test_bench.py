@@ -1,5 +1,6 @@
 """The instruments: rounds in turn, intervals, verdicts; what each of them prints and keeps; wrong input."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,12 @@ from conftest import dytrun
 from torch import nn
 
 from dytrun import bench, bench_model, bench_norm, bench_trainer, compose, norm, paired, timing
+from dytrun.checkpoint import Store
+from dytrun.distributed import Place
+from dytrun.engine import Surroundings, fit
 from dytrun.errors import UserError
+from dytrun.optim import Plan
+from dytrun.throughput import Clock
 
 CPU = torch.device("cpu")
 TINY = (
@@ -45,10 +51,9 @@ def test_rounds_are_in_turn_and_no_arm_always_follows_the_same_one():
     assert found.tolist() == [[float(arm)] * 12 for arm in range(3)]
     rounds = [calls[start : start + 3] for start in range(0, 36, 3)]
     assert all(sorted(one) == [0, 1, 2] for one in rounds)
-    firsts = [one[0] for one in rounds]
-    assert {firsts.count(arm) for arm in range(3)} == {4}
     before = {arm: {one[one.index(arm) - 1] for one in rounds if one.index(arm)} for arm in range(3)}
     assert all(len(others) == 2 for others in before.values())
+    assert {one[0] for one in rounds} == {0, 1, 2}
 
 
 def exact_coverage(low: int, high: int, n: int) -> float:
@@ -75,7 +80,9 @@ def test_what_may_be_concluded():
     slower, faster, close = (paired.Ratio(m, m - 0.01, m + 0.01, 21) for m in (1.1, 0.9, 1.025))
     assert "9.0 to 11.0 % slower" in paired.verdict("dyt", slower, "ln", itself)
     assert "9.0 to 11.0 % faster" in paired.verdict("dyt", faster, "ln", itself)
-    assert "no larger than the error" in paired.verdict("dyt", close, "ln", itself), "the two intervals meet"
+    assert "no larger than the error" in paired.verdict("dyt", close, "ln", itself)
+    biased = paired.Ratio(1.05, 1.03, 1.1, 21)
+    assert "no larger than the error" in paired.verdict("dyt", paired.Ratio(0.95, 0.93, 0.97, 21), "ln", biased)
     assert "not measured against itself" in paired.verdict("dyt", slower, "ln", None)
     short = paired.ratio(np.full(3, 2.0), np.ones(3), 0.99)
     assert "too few rounds (3)" in paired.verdict("dyt", short, "ln", itself)
@@ -174,16 +181,21 @@ def test_the_trainers_loop_beside_a_bare_one():
 
 
 def test_both_loops_do_the_same_training(tmp_path):
-    """The weights after so many steps are those of `fit`, bit for bit, where it is given the same learning rate."""
-    config = config_of("bench=trainer", *TINY).run
-    batch = bench_model.random_batch(config, 4, CPU)
-    one, other = (bench_trainer._state(bench_model.at_rest(config), CPU) for _ in range(2))
-    for _ in range(2):
-        bench_model.bare_step(one, batch, config)
-        bench_model.bare_step(other, batch, config)
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert bench_model.at_rest(config).optim.lr < 1e-9
+    """The weights after five steps of `fit` are those of five bare ones, bit for bit."""
+    run = bench_trainer._as_measured(config_of("bench=trainer", *TINY, "norm=dyt").run, 5)
+    run = run.model_copy(update={"optim": run.optim.model_copy(update={"lr": 1e-3})})
+    batch = bench_model.random_batch(run, 4, CPU)
+    bare, ours = (bench_trainer._state(run, CPU) for _ in range(2))
+    before = [parameter.clone() for parameter in bare.model.parameters()]
+    for _ in range(5):
+        bench_model.bare_step(bare, batch, run)
+    around = Surroundings(Plan(10**9, 10**9, 0, 4, 1), Place(0, 1, CPU), Clock(CPU, 4), itertools.repeat(batch),
+                          lambda: iter(()), 0, Store(tmp_path / "checkpoints", 2), [])  # fmt: skip
+    assert next(fit(run, ours, around)).step == 5
+    for one, other in zip(ours.model.parameters(), bare.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not all(torch.equal(one, old) for one, old in zip(bare.model.parameters(), before, strict=True))
+    assert bench_model.at_rest(run).optim.lr < 1e-9
 
 
 @pytest.mark.slow
@@ -223,6 +235,8 @@ WRONG = [
     (["bench=norm", "bench.arms=[ln,triton]"], "bench.arms: triton runs on cuda alone"),
     (["bench=norm", "bench.arms=[ln,liger]", "bench.shapes=[2x3x4]"], "bench.arms: liger runs on cuda alone"),
     (["bench=norm", "bench.arms=[ln,native]", "precision=fp16"], "bench.arms: there is no C++ op for this dtype"),
+    (["bench=norm", "bench.arms=[native,torch]", "bench.modes=[compiled]"], "bench.arms: nothing of"),
+    (["bench=norm", "bench.modes=[eager,eager]"], "bench.modes: ['eager', 'eager'] is not allowed (each should be"),
     (["bench=norm", "bench.out=/proc/x.json"], "bench.out: /proc/x.json cannot be written"),
     (["bench=model", "model.name=resnet18", "model=timm", "bench.arms=[ln,identity]"], "resnet18 has no LayerNorm"),
     (["bench=model", "epochs=0", "bench.steps=0"], "bench.steps"),

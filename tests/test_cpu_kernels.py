@@ -224,6 +224,52 @@ def test_gradients_of_gradients(engine):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_inputs_that_are_one_another_or_made_of_one_another(engine):
+    """With create_graph too: the formula that is then differentiated must not find a way from one to the other."""
+    x = torch.randn(5, 3, requires_grad=True)
+    both = torch.randn(3, requires_grad=True)
+    found = []
+    for name in (engine, "formula"):
+        for create_graph in (True, False):
+            layer = PointWise(3)
+            layer.implementation = name
+            values = {"alpha": x.mean().view(1), "weight": both, "bias": both}
+            y = functional_call(layer, values, (x,))
+            found.append(torch.autograd.grad(y.square().sum(), [x, both], create_graph=create_graph))
+    for grads in found[:-1]:
+        for one, other in zip(grads, found[-1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_what_torch_has_as_a_default_changes_nothing(engine):
+    x, dy = torch.randn(4, 6), torch.randn(4, 6)
+    layers = [layer_of(engine, 6, -1, 0) for _ in range(3)]
+    expected = computed(layers[0], x, dy)
+    with torch.device("meta"):
+        on_meta = computed(layers[1], x, dy)
+    torch.set_default_dtype(torch.float64)
+    try:
+        in_double = computed(layers[2], x, dy)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(expected[name], found[name]) for found in (on_meta, in_double) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_gradients_in_batches_and_forward(engine):
+    layer, x = layer_of(engine, 3, -1, 0), torch.randn(2, 3, requires_grad=True)
+    y = layer(x).sum(1)
+    rows = torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)[0]
+    for number in range(2):
+        torch.testing.assert_close(rows[number], torch.autograd.grad(y[number], x, retain_graph=True)[0])
+    layer.implementation = None
+    _, along = torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(along.sum(), torch.autograd.grad(layer(x).sum(), x)[0].sum())
+
+
 @pytest.mark.native
 def test_only_x_is_kept():
     for engine, axis, shape in (("native", -1, (64, 32)), ("torch", -1, (64, 32)), ("native", 1, (4, 8, 5, 5))):
@@ -294,6 +340,16 @@ def test_the_layer_goes_everywhere_a_module_goes():
 _WHO = "import torch; from dytrun.norm import implementation; print(implementation(torch.ones(2, 3), 'dyt'))"
 
 
+# Threads of one process that all find nothing.
+_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from dytrun import cpu_kernels
+with ThreadPoolExecutor(4) as pool:
+    for found in [pool.submit(cpu_kernels.library) for _ in range(4)]:
+        print(found.result() is not None)
+"""
+
+
 def who_computes(**env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", _WHO], env=os.environ | env, capture_output=True, text=True, check=True
@@ -324,4 +380,9 @@ def test_it_is_compiled_once_and_nothing_is_lost_without_a_compiler(tmp_path):
     assert kept.stat().st_mtime_ns == before
     assert others.result() == "native"
     assert not list((open_to_all / "dytrun").iterdir()), "a library that somebody else can change is not kept"
+    together = tmp_path / "together"
+    done = subprocess.run([sys.executable, "-c", _THREADS], env=os.environ | {"XDG_CACHE_HOME": str(together)},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.split() == ["True"] * 4
+    assert len(list((together / "dytrun").iterdir())) == 1, "no half of a file is left"
     assert stat.S_IMODE((tmp_path / "cache" / "dytrun").stat().st_mode) == 0o700

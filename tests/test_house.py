@@ -40,8 +40,8 @@ MAY_IMPORT = {
         "paired", "records", "sites", "state", "timing",
     },
     "bench_trainer": {
-        "arm", "bench_config", "bench_model", "checkpoint", "config", "distributed", "engine", "model", "optim",
-        "paired", "records", "state", "throughput", "timing", "tracking",
+        "arm", "bench_config", "bench_model", "checkpoint", "compute", "config", "distributed", "engine", "model",
+        "norm", "optim", "paired", "records", "state", "throughput", "timing", "tracking",
     },
     "bench_stack": {"bench_config", "errors", "llama", "model", "paired", "records", "timing"},
     "llama": {"norm"},
