@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show; the norms' speed apart (gpu_norms.sh). From the repository's root, on a machine with CUDA and dytrun's dependencies:
+# What only a GPU can show; the norms' speed is another script's (gpu_norms.sh). From the repository's root, on a machine
+# with CUDA and dytrun's dependencies:
 #
 #     bash tests/gpu.sh FASHION_MNIST_DIR OUT_DIR
 #

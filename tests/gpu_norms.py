@@ -30,8 +30,12 @@ def _layers(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                 share = 100 * moved * copy / _ms(layers["dyt", "eager"], part)
                 wanted = f">= {goal}" if name == "norm" else ""
                 yield f"{shape['shape']}: eager dyt {part}, share of copy bandwidth", wanted, f"{share:.0f} %"
-                if ("liger", "eager") in layers:
-                    yield f"{shape['shape']}: eager dyt {part} / liger's", "<= 1", _over(layers, part, "liger", "eager")
+                for arm, wanted in (("liger", "<= 1"), ("ln", ""), ("plain", "")):
+                    if (arm, "eager") in layers:
+                        ratio = _ms(layers["dyt", "eager"], part) / _ms(layers[arm, "eager"], part)
+                        yield f"{shape['shape']}: eager dyt {part} / {arm}'s", wanted, f"{ratio:.3f}"
+            if (host := layers["dyt", "eager"]["host_us"]) is not None:
+                yield f"{shape['shape']}: host, eager dyt forward and backward, µs", "", f"{host:.0f}"
             for part in ("forward", "backward"):
                 for arm in ("dyt", "sigmoid", "plain", "rms"):
                     if {(arm, "compiled"), ("ln", "compiled")} <= layers.keys():
@@ -40,21 +44,17 @@ def _layers(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                         yield f"{shape['shape']}: compiled {arm} {part} / LN's", goal, f"{ratio:.3f}"
 
 
-def _over(layers: dict[tuple[str, str], Any], part: str, other: str, mode: str) -> str:
-    return f"{_ms(layers['dyt', mode], part) / _ms(layers[other, mode], part):.3f}"
-
-
 def _ms(layer: dict[str, Any], part: str) -> float:
     return statistics.median(layer[f"{part}_ms"])
 
 
 def _models(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for measured in found.get("model", {"measured": []})["measured"]:
-        for arm in measured["arms"]:
-            rate = 1e3 * found["model"]["batch"] / statistics.median(ms for row in arm["step_ms"] for ms in row)
-            goal = ">= 3,500" if (measured["mode"], measured["pass"]) == ("compiled", "train") else ""
-            what = f"{found['model']['model']} {measured['mode']} {measured['pass']} {arm['arm']}, img/s"
-            yield what, goal, f"{rate:,.0f}"
+    for name in ("eager", "compiled"):
+        for measured in found.get(name, {"measured": []})["measured"]:
+            for arm in measured["arms"]:
+                rate = 1e3 * found[name]["batch"] / statistics.median(ms for row in arm["step_ms"] for ms in row)
+                goal = ">= 3,500" if (name, measured["pass"]) == ("compiled", "train") else ""
+                yield f"{found[name]['model']} {name} {measured['pass']} {arm['arm']}, img/s", goal, f"{rate:,.0f}"
     if "trainer" in found:
         bare, ours = found["trainer"]["bare_ms"][0], found["trainer"]["dytrun_ms"]
         ratio = statistics.median(b / a for a, b in zip(bare, ours, strict=True))
