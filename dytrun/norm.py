@@ -95,9 +95,9 @@ def implementation(x: Tensor, function: str) -> str:
 def compiled_implementation(device: torch.device, function: str) -> str:
     """Choose the spelling that torch.compile is given.
 
-    Compiled for a CPU, a sigmoid takes half the time of a tanh (runs/README.md). For CUDA it is counted to need 22
-    instead of 31 instructions forward and 53 instead of 60 back (tests/traffic.py has the bytes, which are the same);
-    until a GPU has shown that this is faster, tanh stays.
+    Compiled for a CPU, forward and backward take 0.7 to 0.95 of the time with a sigmoid (runs/README.md). For CUDA it is
+    counted to need 22 instead of 31 instructions forward and 53 instead of 60 back, and the same bytes
+    (tests/traffic.py); until a GPU has shown that this is faster, tanh stays.
     """
     return "sigmoid" if function == "dyt" and device.type == "cpu" else "formula"
 
