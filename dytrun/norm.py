@@ -95,8 +95,8 @@ def implementation(x: Tensor, function: str) -> str:
 def compiled_implementation(device: torch.device, function: str) -> str:
     """Choose the spelling that torch.compile is given.
 
-    Compiled for a CPU, forward and backward take 0.7 to 0.95 of the time with a sigmoid (runs/README.md). For CUDA it is
-    counted to need 22 instead of 31 instructions forward and 53 instead of 60 back, and the same bytes
+    Compiled for a CPU, forward and backward take 0.7 to 0.95 of the time with a sigmoid (runs/README.md). For CUDA it
+    is counted to need 22 instead of 31 instructions forward and 53 instead of 60 back, and the same bytes
     (tests/traffic.py); until a GPU has shown that this is faster, tanh stays.
     """
     return "sigmoid" if function == "dyt" and device.type == "cpu" else "formula"
