@@ -137,7 +137,12 @@ def _native_backward(dy: Tensor, x: Tensor, inner: _Inner, weight: Tensor | None
 
 
 def _run(
-    name: str, typed: tuple[Tensor, Tensor], tensors: tuple[Tensor, ...], rows: Tensor, layout: _Layout, *sums: Tensor
+    name: str,
+    typed: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor, ...],
+    rows: list[Tensor],
+    layout: _Layout,
+    *sums: Tensor,
 ) -> None:
     """Call the kernel of these two dtypes."""
     native = library()
@@ -148,11 +153,14 @@ def _run(
     kernel(*pointers, layout, ctypes.c_int(threads))
 
 
-def _rows(channels: int, values: tuple[Tensor | None, ...]) -> Tensor:
+def _rows(channels: int, values: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Bring alpha, shift, weight (and bias) to one float32 value a channel; an absent one changes nothing."""
-    rows = torch.empty(len(values), channels, dtype=torch.float32, device="cpu")
-    for row, value, absent in zip(rows, values, (1.0, 0.0, 1.0, 0.0), strict=False):
-        row.fill_(absent) if value is None else row.copy_(value.detach())
+    rows = []
+    for value, absent in zip(values, (1.0, 0.0, 1.0, 0.0), strict=False):
+        if value is None:
+            rows.append(torch.full((channels,), absent, dtype=torch.float32, device="cpu"))
+        else:
+            rows.append(value.detach().to(torch.float32).expand(channels).contiguous())
     return rows
 
 
