@@ -46,7 +46,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
                 bare_step(state, batch, run)
             timing.settle(device)
 
-        return lambda: paired.wall_ms(once) / steps
+        return lambda: timing.wall_ms(once) / steps
 
     with tempfile.TemporaryDirectory(prefix="dytrun-bench-") as scratch:
         state, plan = _state(run, device), Plan(_FOREVER, _FOREVER, 0, size, 1)
@@ -64,7 +64,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
             tracker.log(record)
             timing.settle(device)
 
-        loops = [bare(), bare(), lambda: paired.wall_ms(ours) / steps]
+        loops = [bare(), bare(), lambda: timing.wall_ms(ours) / steps]
         try:
             paired.in_turn(loops, _WARMUP_ROUNDS)
             times = paired.in_turn(loops, config.bench.rounds)

@@ -66,7 +66,13 @@ def point_wise(
     """Compute weight * tanh(alpha * x + shift) + bias in float32 (float64 for float64) as `call.out_dtype`.
 
     `inner` is (alpha, shift), each of shape (1,) or (C,); `affine` is (weight, bias), each (C,); None leaves one out.
+
+    Raises:
+        RuntimeError: a parameter is on another device; the compiled kernel would read an address that is not its own.
     """
+    elsewhere = [value.device for value in (*inner, *affine) if value is not None and value.device != x.device]
+    if elsewhere:
+        raise RuntimeError(f"the activations are on {x.device}, a parameter of the layer on {elsewhere[0]}")
     return _PointWise.apply(call, x, *inner, *affine)
 
 
@@ -116,7 +122,7 @@ def _is_batched(tensor: Tensor) -> bool:
 
 def _like(total: Tensor, value: Tensor) -> Tensor:
     """Bring a sum a channel to the shape and dtype of the parameter it is the gradient of."""
-    return (total.sum().view(1) if value.numel() == 1 else total).to(value.dtype)
+    return (total.sum() if value.numel() == 1 else total).view(value.shape).to(value.dtype)
 
 
 def _native_forward(x: Tensor, inner: _Inner, affine: _Two, call: Call) -> Tensor:

@@ -5,11 +5,8 @@ round to round, ratios are taken within a round, and the baseline stands in the 
 from 1 is the instrument's own error, and a difference that is not larger than that is none.
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -90,13 +87,6 @@ def verdict(name: str, found: Ratio, baseline: str, itself: Ratio | None) -> str
     return f"{against}: {100 * low:.1f} to {100 * high:.1f} % {faster} ({baseline} against itself {itself})"
 
 
-def wall_ms(call: Callable[[], object]) -> float:
-    """Milliseconds of a call, on this process's clock."""
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def median_ms(times: np.ndarray) -> float:
     """Median over rounds."""
-    return median(times.tolist()) if times.size else math.nan
+    return float(np.median(times))

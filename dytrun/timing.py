@@ -61,11 +61,16 @@ def now(device: torch.device) -> Any:
 def host_ms(device: torch.device, call: Callable[[], object]) -> float:
     """Milliseconds that the host needs for a call, from an idle device on; it does not wait for the device's end."""
     settle(device)
+    passed = wall_ms(call)
+    settle(device)
+    return passed
+
+
+def wall_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call, on this process's clock."""
     start = time.perf_counter()
     call()
-    passed = time.perf_counter() - start
-    settle(device)
-    return 1e3 * passed
+    return 1e3 * (time.perf_counter() - start)
 
 
 def settle(device: torch.device) -> None:

@@ -270,6 +270,18 @@ def test_gradients_in_batches_and_forward(engine):
     torch.testing.assert_close(along.sum(), torch.autograd.grad(layer(x).sum(), x)[0].sum())
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_a_parameter_elsewhere_and_one_without_an_axis(engine):
+    layer = layer_of(engine, 3, -1, 0)
+    layer.weight = torch.nn.Parameter(torch.ones(3, device="meta"))
+    with pytest.raises(RuntimeError, match="activations are on cpu, a parameter of the layer on meta"):
+        layer(torch.ones(2, 3))
+    layer = layer_of(engine, 3, -1, 0)
+    layer.alpha = torch.nn.Parameter(torch.tensor(0.5))
+    layer(torch.ones(2, 3)).sum().backward()
+    assert layer.alpha.grad.shape == ()
+
+
 @pytest.mark.native
 def test_only_x_is_kept():
     for engine, axis, shape in (("native", -1, (64, 32)), ("torch", -1, (64, 32)), ("native", 1, (4, 8, 5, 5))):
