@@ -97,6 +97,7 @@ MAY_IMPORT = {
     "images": {"errors"},
     "sources": {"config", "images", "errors"},
     "augment": {"config"},
+    "pixels": set(),
     "model": {"config", "errors", "validation"},
     "machine": {"config", "errors", "launcher_config"},
     "norm": {"cpu_kernels", "functions", "kernels"},
@@ -157,6 +158,7 @@ WITHOUT_TORCH = {
     "journal",
     "tracking",
     "wandb_link",
+    "pixels",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 6
 
