@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image, ImageEnhance, ImageStat
 
-Pixels = UInt8[np.ndarray, "height width 3"]
+Pixels = UInt8[np.ndarray, "_ _ 3"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
