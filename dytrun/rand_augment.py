@@ -158,7 +158,7 @@ def _translate_y(canvas: Canvas, share: float, **kwargs: Any) -> Canvas:
     return _warped(canvas, (1.0, 0.0, 0.0, 0.0, 1.0, share * canvas.finished().shape[0]), kwargs)
 
 
-def _warped(canvas: Canvas, matrix: tuple[float, ...], kwargs: dict) -> Canvas:
+def _warped(canvas: Canvas, matrix: ops.Matrix, kwargs: dict) -> Canvas:
     resample = kwargs["resample"]
     if isinstance(resample, tuple | list):
         resample = random.choice(resample)

@@ -192,8 +192,6 @@ def test_crops_are_distributed_as_timms():
     timms = np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(DRAWS)])
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], timms[:, column]).pvalue > 1e-3
-    areas = ours[:, 2] * ours[:, 3] / (500 * 375)
-    assert (areas.min() > 0.079, areas.max() <= 1, abs(areas.mean() - 0.52) < 0.03) == (True, True, True)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 90), (30, 2000), (1, 1)])

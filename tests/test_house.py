@@ -99,12 +99,13 @@ MAY_IMPORT = {
     "augment": {"config", "images", "pixels", "rand_augment"},
     "rand_augment": {"pixels"},
     "finish": {"augment", "config", "errors", "pixels"},
-    "pixels": set(),
+    "pixels": {"native"},
     "model": {"config", "errors", "validation"},
     "machine": {"config", "errors", "launcher_config"},
     "norm": {"cpu_kernels", "functions", "kernels"},
     "functions": set(),
-    "cpu_kernels": set(),
+    "cpu_kernels": {"native"},
+    "native": set(),
     "kernels": {"curves"},
     "curves": set(),
     "convert": {"functions", "norm", "sites", "errors"},
@@ -161,6 +162,7 @@ WITHOUT_TORCH = {
     "tracking",
     "wandb_link",
     "pixels",
+    "native",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 6
 
