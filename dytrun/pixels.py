@@ -1,4 +1,4 @@
-"""Operations on an 8-bit RGB image as an array (H, W, 3): bit for bit the pixels that Pillow gives, several times faster.
+"""Operations on an 8-bit RGB image as an array (H, W, 3): to the bit the pixels that Pillow gives, several times faster.
 
 `pixels.cpp` is compiled once a machine, in two seconds, and kept in the user's cache; where there is no C++ compiler,
 Pillow and NumPy do the same. The formulas and constants are those of Pillow 13 (src/libImaging: Resample.c, Geometry.c,
@@ -59,7 +59,7 @@ def resized(
     size: tuple[int, int],
     window: tuple[int, int, int, int] | None = None,
     interpolation: Interpolation = "bicubic",
-) -> Pixels:
+) -> UInt8[np.ndarray, "rows columns 3"]:
     """Resize to (height, width), antialiased, as `Image.resize` does.
 
     `pixels` may be a part of a larger image: rows that do not follow each other in memory. `window` is (top, left,
@@ -88,7 +88,7 @@ def resized(
 
 
 def warped(
-    pixels: Pixels, matrix: Sequence[float], fill: Sequence[int], interpolation: Interpolation = "bicubic"
+    pixels: Pixels, matrix: Sequence[float | int], fill: Sequence[int], interpolation: Interpolation = "bicubic"
 ) -> Pixels:
     """Take the value at each (x, y) from (a x + b y + c, d x + e y + f) of the image, (a, b, c, d, e, f) = `matrix`.
 
