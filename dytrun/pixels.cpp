@@ -12,19 +12,27 @@
 #include <cstring>
 #include <new>
 #include <vector>
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
 using Byte = uint8_t;
-typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef double Double4 __attribute__((vector_size(32)));
+constexpr int LINE = 64;  // bytes of a cache line, and of the largest vector
 
-// Memory that a thread keeps from call to call.
-template <int, typename Item>
+// Memory that a thread keeps from call to call, one piece for each SLOT and type.
+template <int SLOT, typename Item>
 Item* scratch(int64_t size) {
     thread_local std::vector<Item> kept;
-    if (int64_t(kept.size()) < size) kept.resize(size);
-    return kept.data();
+    constexpr int64_t spare = LINE / sizeof(Item);
+    if (int64_t(kept.size()) < size + spare) {
+        kept.clear();  // so that nothing is copied
+        kept.resize(size + spare);
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(kept.data());
+    return kept.data() + (LINE - address % LINE) % LINE / sizeof(Item);
 }
 
 inline Byte clipped(int32_t value) { return Byte(value < 0 ? 0 : value > 255 ? 255 : value); }
@@ -90,15 +98,146 @@ Axis axis_of(int in_size, int out_size, int first, int number, bool is_cubic) {
     return axis;
 }
 
-inline Int4 loaded(const Byte* from) {
-    uint32_t bits;
-    std::memcpy(&bits, from, 4);
-    const Int4 shifted = {int32_t(bits & 255), int32_t(bits >> 8 & 255), int32_t(bits >> 16 & 255), 0};
-    return shifted;
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+
+// One instruction adds up 4 products of a byte and a signed byte in each of 16 places. A coefficient c is three of the
+// latter: c = (high × 256 + middle) × 256 + low. It is below 1.2 × 2²², so that `high` is one.
+struct Digits {
+    int groups;       // of 4 input positions, from the one that `start` lies in
+    int32_t* first;   // group
+    int32_t* values;  // low, middle, high of each group
+};
+
+Digits digits_of(const Axis& axis, int number) {
+    Digits digits;
+    digits.groups = (axis.taps + 6) / 4;
+    const int64_t length = 12 * int64_t(digits.groups);  // bytes an output position
+    digits.values = scratch<2, int32_t>(number + number * length / 4);
+    digits.first = digits.values + number * length / 4;
+    std::memset(digits.values, 0, number * length);
+    for (int i = 0; i < number; i++) {
+        const int32_t* coefficients = axis.coefficients + int64_t(i) * axis.taps;
+        int8_t* to = reinterpret_cast<int8_t*>(digits.values) + i * length;
+        digits.first[i] = axis.start[i] / 4;
+        for (int j = 0; j < axis.count[i]; j++) {
+            const int place = axis.start[i] % 4 + j;
+            int8_t* group = to + place / 4 * 12 + place % 4;
+            const int32_t low = int8_t(coefficients[j]), rest = (coefficients[j] - low) >> 8, middle = int8_t(rest);
+            group[0] = int8_t(low), group[4] = int8_t(middle), group[8] = int8_t((rest - middle) >> 8);
+        }
+    }
+    return digits;
 }
 
+struct Sums {
+    __m512i low = _mm512_set1_epi32(HALF), middle = _mm512_setzero_si512(), high = _mm512_setzero_si512();
+
+    void add(__m512i bytes, const int32_t* digits) {
+        low = _mm512_dpbusd_epi32(low, bytes, _mm512_set1_epi32(digits[0]));
+        middle = _mm512_dpbusd_epi32(middle, bytes, _mm512_set1_epi32(digits[1]));
+        high = _mm512_dpbusd_epi32(high, bytes, _mm512_set1_epi32(digits[2]));
+    }
+
+    __m512i rounded() const {
+        const __m512i upper = _mm512_add_epi32(middle, _mm512_slli_epi32(high, 8));
+        return _mm512_srai_epi32(_mm512_add_epi32(low, _mm512_slli_epi32(upper, 8)), FRACTION);
+    }
+};
+
+// Clip to bytes: 16 bytes of the result are 4 places of each of the four, from the same quarter.
+inline __m512i packed(const Sums* sums) {
+    return _mm512_packus_epi16(_mm512_packs_epi32(sums[0].rounded(), sums[1].rounded()),
+                               _mm512_packs_epi32(sums[2].rounded(), sums[3].rounded()));
+}
+
+inline uint64_t first_bytes(int64_t number) { return number >= 64 ? ~uint64_t(0) : (uint64_t(1) << number) - 1; }
+
+// Four rows as vectors of 4 rows × (4 R, 4 G, 4 B, 4 zeros).
+void grouped(const Byte* in, int64_t stride, int width, __m512i* out) {
+    const __m128i by_channel = _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1);
+    for (int x = 0; x < width; x += 4) {
+        const __mmask16 mask = __mmask16(first_bytes(std::min(12, 3 * (width - x))));
+        __m512i rows = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(mask, in + 3 * x));
+        rows = _mm512_inserti32x4(rows, _mm_maskz_loadu_epi8(mask, in + stride + 3 * x), 1);
+        rows = _mm512_inserti32x4(rows, _mm_maskz_loadu_epi8(mask, in + 2 * stride + 3 * x), 2);
+        rows = _mm512_inserti32x4(rows, _mm_maskz_loadu_epi8(mask, in + 3 * stride + 3 * x), 3);
+        *out++ = _mm512_shuffle_epi8(rows, _mm512_broadcast_i32x4(by_channel));
+    }
+}
+
+void across_grouped(const __m512i* in, const Digits& digits, Byte* out, int64_t stride, int number) {
+    const __m512i without_gaps =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    for (int i = 0; i < number; i += 4) {
+        Sums sums[4];
+        for (int k = 0; k < 4; k++) {
+            const int at = std::min(i + k, number - 1);
+            const int32_t* values = digits.values + int64_t(at) * 3 * digits.groups;
+            for (int g = 0; g < digits.groups; g++) sums[k].add(in[digits.first[at] + g], values + 3 * g);
+        }
+        const __m512i rows = _mm512_shuffle_epi8(packed(sums), without_gaps);
+        const __mmask16 mask = __mmask16(first_bytes(std::min(12, 3 * (number - i))));
+        _mm_mask_storeu_epi8(out + 3 * i, mask, _mm512_castsi512_si128(rows));
+        _mm_mask_storeu_epi8(out + stride + 3 * i, mask, _mm512_extracti32x4_epi32(rows, 1));
+        _mm_mask_storeu_epi8(out + 2 * stride + 3 * i, mask, _mm512_extracti32x4_epi32(rows, 2));
+        _mm_mask_storeu_epi8(out + 3 * stride + 3 * i, mask, _mm512_extracti32x4_epi32(rows, 3));
+    }
+}
+
+void across(const Byte* in, int64_t stride, int rows, int width, Byte* out, const Axis& axis, int number) {
+    const Digits digits = digits_of(axis, number);
+    const int64_t length = 3 * int64_t(number);
+    __m512i* tile = reinterpret_cast<__m512i*>(scratch<2, Byte>(LINE * ((width + 3) / 4 + int64_t(digits.groups))));
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) {
+        grouped(in + row * stride, stride, width, tile);
+        across_grouped(tile, digits, out + row * length, length, number);
+    }
+    for (; row < rows; row++) {  // as four that are the same
+        grouped(in + row * stride, 0, width, tile);
+        across_grouped(tile, digits, out + row * length, 0, number);
+    }
+}
+
+// Four rows as 4 vectors for each 64 columns: 4 bytes of each column. Vector k has columns 4 k to 4 k + 3 of each 16.
+void stacked(const Byte* const* rows, int64_t width, __m512i* out) {
+    for (int64_t x = 0; x < width; x += 64, out += 4) {
+        const uint64_t mask = first_bytes(width - x);
+        const __m512i a = _mm512_maskz_loadu_epi8(mask, rows[0] + x), b = _mm512_maskz_loadu_epi8(mask, rows[1] + x);
+        const __m512i c = _mm512_maskz_loadu_epi8(mask, rows[2] + x), d = _mm512_maskz_loadu_epi8(mask, rows[3] + x);
+        const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+        const __m512i ab_high = _mm512_unpackhi_epi8(a, b), cd_high = _mm512_unpackhi_epi8(c, d);
+        out[0] = _mm512_unpacklo_epi16(ab, cd), out[1] = _mm512_unpackhi_epi16(ab, cd);
+        out[2] = _mm512_unpacklo_epi16(ab_high, cd_high), out[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+    }
+}
+
+void down(const Byte* in, int64_t stride, int rows, Byte* out, const Axis& axis, int number, int64_t width) {
+    const Digits digits = digits_of(axis, number);
+    const int64_t blocks = (width + 63) / 64;
+    __m512i* stack = reinterpret_cast<__m512i*>(
+        scratch<2, Byte>(4 * LINE * blocks * ((rows + 3) / 4 + int64_t(digits.groups))));
+    for (int row = 0; row < rows; row += 4) {
+        const Byte* four[4];
+        for (int r = 0; r < 4; r++) four[r] = in + std::min(row + r, rows - 1) * stride;
+        stacked(four, width, stack + row * blocks);
+    }
+    for (int i = 0; i < number; i++, out += width) {
+        const int32_t* values = digits.values + int64_t(i) * 3 * digits.groups;
+        for (int64_t block = 0; block < blocks; block++) {
+            const __m512i* from = stack + 4 * (digits.first[i] * blocks + block);
+            Sums sums[4];
+            for (int g = 0; g < digits.groups; g++)
+                for (int k = 0; k < 4; k++) sums[k].add(from[4 * g * blocks + k], values + 3 * g);
+            _mm512_mask_storeu_epi8(out + 64 * block, first_bytes(width - 64 * block), packed(sums));
+        }
+    }
+}
+
+#else
+
 template <int ROWS>
-void across_rows(const Byte* in, int64_t stride, Byte* out, int64_t out_stride, const Axis& axis, int number) {
+void across_rows(const Byte* in, int64_t stride, Byte* out, const Axis& axis, int number) {
     for (int i = 0; i < number; i++) {
         const int32_t* coefficients = axis.coefficients + int64_t(i) * axis.taps;
         const Byte* from = in + 3 * int64_t(axis.start[i]);
@@ -109,72 +248,78 @@ void across_rows(const Byte* in, int64_t stride, Byte* out, int64_t out_stride, 
             for (int r = 0; r < ROWS; r++)
                 for (int c = 0; c < 3; c++) sums[r][c] += coefficients[j] * from[r * stride + c];
         for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < 3; c++) out[r * out_stride + 3 * i + c] = clipped(sums[r][c] >> FRACTION);
+            for (int c = 0; c < 3; c++) out[3 * (int64_t(r) * number + i) + c] = clipped(sums[r][c] >> FRACTION);
     }
 }
 
-void across(const Byte* in, int64_t stride, int rows, Byte* out, const Axis& axis, int number) {
-    const int64_t out_stride = 3 * int64_t(number);
+void across(const Byte* in, int64_t stride, int rows, int, Byte* out, const Axis& axis, int number) {
+    const int64_t length = 3 * int64_t(number);
     int row = 0;
-    for (; row + 4 <= rows; row += 4)
-        across_rows<4>(in + row * stride, stride, out + row * out_stride, out_stride, axis, number);
-    for (; row < rows; row++)
-        across_rows<1>(in + row * stride, stride, out + row * out_stride, out_stride, axis, number);
+    for (; row + 4 <= rows; row += 4) across_rows<4>(in + row * stride, stride, out + row * length, axis, number);
+    for (; row < rows; row++) across_rows<1>(in + row * stride, stride, out + row * length, axis, number);
 }
 
-void down(const Byte* in, int64_t stride, Byte* out, const Axis& axis, int number, int64_t width) {
-    constexpr int BLOCK = 64;
+void down(const Byte* in, int64_t stride, int, Byte* out, const Axis& axis, int number, int64_t width) {
+    constexpr int64_t BLOCK = 64;
     for (int i = 0; i < number; i++, out += width) {
         const int32_t* coefficients = axis.coefficients + int64_t(i) * axis.taps;
-        const Byte* from = in + axis.start[i] * stride;
         for (int64_t x = 0; x < width; x += BLOCK) {
+            const Byte* from = in + axis.start[i] * stride + x;
+            const int length = int(std::min(BLOCK, width - x));
             int32_t sums[BLOCK];
-            const int length = int(std::min<int64_t>(BLOCK, width - x));
+            std::fill(sums, sums + BLOCK, HALF);
             if (length == BLOCK) {
-                for (int b = 0; b < BLOCK; b++) sums[b] = HALF;
                 for (int j = 0; j < axis.count[i]; j++)
-                    for (int b = 0; b < BLOCK; b++) sums[b] += coefficients[j] * from[j * stride + x + b];
-                for (int b = 0; b < BLOCK; b++) out[x + b] = clipped(sums[b] >> FRACTION);
+                    for (int b = 0; b < BLOCK; b++) sums[b] += coefficients[j] * from[j * stride + b];
             } else {
-                for (int b = 0; b < length; b++) {
-                    int32_t sum = HALF;
-                    for (int j = 0; j < axis.count[i]; j++) sum += coefficients[j] * from[j * stride + x + b];
-                    out[x + b] = clipped(sum >> FRACTION);
-                }
+                for (int j = 0; j < axis.count[i]; j++)
+                    for (int b = 0; b < length; b++) sums[b] += coefficients[j] * from[j * stride + b];
             }
+            for (int b = 0; b < length; b++) out[x + b] = clipped(sums[b] >> FRACTION);
         }
     }
+}
+
+#endif
+
+// Count positions from the first that is needed, and return it and how many there are. They never go back.
+int narrowed(Axis& axis, int number, int& needed) {
+    const int first = axis.start[0];
+    needed = axis.start[number - 1] + axis.count[number - 1] - first;
+    for (int i = 0; i < number; i++) axis.start[i] -= first;
+    return first;
 }
 
 void resize(const Byte* in, int64_t stride, int height, int width, Byte* out, int out_height, int out_width, int top,
             int left, int rows, int columns, bool is_cubic) {
-    const int64_t out_stride = 3 * int64_t(columns);
     const bool is_high = out_height != height, is_wide = out_width != width;
-    int first = top, last = top + rows;  // of the input's rows
-    Axis vertical;
+    Axis vertical{}, horizontal{};
+    int needed_rows = rows, needed_columns = columns;
     if (is_high) {
         vertical = axis_of<0>(height, out_height, top, rows, is_cubic);
-        first = height, last = 0;
-        for (int i = 0; i < rows; i++) {
-            first = std::min(first, vertical.start[i]);
-            last = std::max(last, vertical.start[i] + vertical.count[i]);
-        }
-        for (int i = 0; i < rows; i++) vertical.start[i] -= first;
+        top = narrowed(vertical, rows, needed_rows);
     }
-    in += first * stride;
     if (is_wide) {
-        const Axis horizontal = axis_of<1>(width, out_width, left, columns, is_cubic);
-        Byte* between = is_high ? scratch<0, Byte>((last - first) * out_stride) : out;
-        across(in, stride, last - first, between, horizontal, columns);
-        in = between;
-        stride = out_stride;
-    } else {
-        in += 3 * int64_t(left);
+        horizontal = axis_of<1>(width, out_width, left, columns, is_cubic);
+        left = narrowed(horizontal, columns, needed_columns);
     }
-    if (is_high) {
-        down(in, stride, out, vertical, rows, out_stride);
-    } else if (!is_wide) {
-        for (int row = 0; row < rows; row++) std::memcpy(out + row * out_stride, in + row * stride, out_stride);
+    in += top * stride + 3 * int64_t(left);
+    const int64_t length = 3 * int64_t(columns), needed_length = 3 * int64_t(needed_columns);
+    if (is_high && is_wide && height - out_height > std::max(0, 2 * (width - out_width))) {
+        // Pillow since 13: the columns first where they lose more than twice as much as the rows.
+        Byte* between = scratch<0, Byte>(rows * needed_length);
+        down(in, stride, needed_rows, between, vertical, rows, needed_length);
+        across(between, needed_length, rows, needed_columns, out, horizontal, columns);
+    } else if (is_high && is_wide) {
+        Byte* between = scratch<0, Byte>(needed_rows * length);
+        across(in, stride, needed_rows, needed_columns, between, horizontal, columns);
+        down(between, length, needed_rows, out, vertical, rows, length);
+    } else if (is_wide) {
+        across(in, stride, rows, needed_columns, out, horizontal, columns);
+    } else if (is_high) {
+        down(in, stride, needed_rows, out, vertical, rows, length);
+    } else {
+        for (int row = 0; row < rows; row++) std::memcpy(out + row * length, in + row * stride, length);
     }
 }
 

@@ -1,4 +1,4 @@
-"""Operations on an 8-bit RGB image as an array (H, W, 3): bit for bit the pixels that Pillow gives, several times faster.
+"""Operations on an 8-bit RGB image as an array (H, W, 3): to the bit the pixels that Pillow gives, several times faster.
 
 `pixels.cpp` is compiled once a machine, in two seconds, and kept in the user's cache; where there is no C++ compiler,
 Pillow and NumPy do the same. The formulas and constants are those of Pillow 13 (src/libImaging: Resample.c, Geometry.c,
@@ -60,7 +60,7 @@ def resized(
     size: tuple[int, int],
     window: tuple[int, int, int, int] | None = None,
     interpolation: Interpolation = "bicubic",
-) -> Pixels:
+) -> UInt8[np.ndarray, "rows columns 3"]:
     """Resize to (height, width), antialiased, as `Image.resize` does.
 
     `pixels` may be a part of a larger image: rows that do not follow each other in memory. `window` is (top, left,
