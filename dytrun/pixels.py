@@ -20,7 +20,8 @@ from PIL import Image, ImageEnhance, ImageStat
 from dytrun import native
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
-Matrix = tuple[float, float, float, float, float, float]
+_Number = float | int
+Matrix = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 Interpolation = Literal["bilinear", "bicubic"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
