@@ -142,7 +142,20 @@ def test_turning_by_any_angle(engine):
     source = np.random.default_rng(5)
     for size in ((1, 1), (5, 5), (32, 32), (224, 224), (7, 20), (64, 33)):
         image = drawn(source, *size)
-        for degrees in (0.0, 90.0, 180.0, 270.0, 360.0, -90.0, -180.0, 450.0, 30.0, -30.0, 1e-9, *source.uniform(-200, 200, 6)):
+        for degrees in (
+            0.0,
+            90.0,
+            180.0,
+            270.0,
+            360.0,
+            -90.0,
+            -180.0,
+            450.0,
+            30.0,
+            -30.0,
+            1e-9,
+            *source.uniform(-200, 200, 6),
+        ):
             for interpolation, how in RESAMPLING.items():
                 expected = Image.fromarray(image).rotate(degrees, how, fillcolor=FILL)
                 same(pixels.warped(image, pixels.rotation(size, degrees), FILL, interpolation), expected)
