@@ -236,22 +236,21 @@ def _loader(
     images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int, ready: int
 ) -> DataLoader:
     ops.implementation()  # compiled here once, and not by each of the processes
-    with warnings.catch_warnings():
-        # More processes than cores are what the user asked for.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        return DataLoader(
-            images,
-            batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any iterable of lists of keys will do
-            collate_fn=_collate,
-            num_workers=workers,
-            prefetch_factor=ready if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_start_worker,
-            # A rank is itself a child of a fork server, and would start one of its own: ten seconds of imports, and
-            # processes that outlive a rank that is killed.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
+    # More processes than cores are what the user asked for.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    return DataLoader(
+        images,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any iterable of lists of keys will do
+        collate_fn=_collate,
+        num_workers=workers,
+        prefetch_factor=ready if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+        # A rank is itself a child of a fork server, and would start one of its own: ten seconds of imports, and
+        # processes that outlive a rank that is killed.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
 
 
 def _finished(

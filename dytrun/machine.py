@@ -120,7 +120,8 @@ def prepare_torch(machine: MachineConfig, device: torch.device) -> None:
 def worker_count(setting: str | int, device: torch.device) -> int:
     """Return the number of loader processes for this rank, from its share of the machine's cores.
 
-    Where a GPU computes, all but the one that the rank itself needs, and no more than 32; else a quarter of them. A rank that has one core, and computes on it, loads its images itself: a process would only take turns with it.
+    Where a GPU computes, all but the one that the rank itself needs, and no more than 32; else a quarter of them. A
+    rank that has one core, and computes on it, loads its images itself: a process would only take turns with it.
     """
     if setting != "auto":
         return int(setting)
