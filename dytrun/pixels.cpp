@@ -129,25 +129,36 @@ Digits digits_of(const Axis& axis, int number) {
     return digits;
 }
 
-struct Sums {
-    __m512i low = _mm512_set1_epi32(HALF), middle = _mm512_setzero_si512(), high = _mm512_setzero_si512();
-
-    void add(__m512i bytes, const int32_t* digits) {
-        low = _mm512_dpbusd_epi32(low, bytes, _mm512_set1_epi32(digits[0]));
-        middle = _mm512_dpbusd_epi32(middle, bytes, _mm512_set1_epi32(digits[1]));
-        high = _mm512_dpbusd_epi32(high, bytes, _mm512_set1_epi32(digits[2]));
+// N sums over groups of bytes, rounded, not yet clipped. Vectors of a sum lie `step` apart, those of a group `apart`.
+template <int N>
+inline void summed(const __m512i* bytes, int64_t step, int64_t apart, const int32_t* digits, int groups,
+                   __m512i (&sums)[N]) {
+    __m512i low[N], middle[N], high[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+        low[n] = _mm512_set1_epi32(HALF);
+        middle[n] = high[n] = _mm512_setzero_si512();
     }
-
-    __m512i rounded() const {
-        const __m512i upper = _mm512_add_epi32(middle, _mm512_slli_epi32(high, 8));
-        return _mm512_srai_epi32(_mm512_add_epi32(low, _mm512_slli_epi32(upper, 8)), FRACTION);
+    for (int g = 0; g < groups; g++, bytes += step, digits += 3) {
+        const __m512i by_low = _mm512_set1_epi32(digits[0]), by_middle = _mm512_set1_epi32(digits[1]);
+        const __m512i by_high = _mm512_set1_epi32(digits[2]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            low[n] = _mm512_dpbusd_epi32(low[n], bytes[n * apart], by_low);
+            middle[n] = _mm512_dpbusd_epi32(middle[n], bytes[n * apart], by_middle);
+            high[n] = _mm512_dpbusd_epi32(high[n], bytes[n * apart], by_high);
+        }
     }
-};
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+        const __m512i upper = _mm512_add_epi32(middle[n], _mm512_slli_epi32(high[n], 8));
+        sums[n] = _mm512_srai_epi32(_mm512_add_epi32(low[n], _mm512_slli_epi32(upper, 8)), FRACTION);
+    }
+}
 
 // Clip to bytes: 16 bytes of the result are 4 places of each of the four, from the same quarter.
-inline __m512i packed(const Sums* sums) {
-    return _mm512_packus_epi16(_mm512_packs_epi32(sums[0].rounded(), sums[1].rounded()),
-                               _mm512_packs_epi32(sums[2].rounded(), sums[3].rounded()));
+inline __m512i packed(const __m512i (&sums)[4]) {
+    return _mm512_packus_epi16(_mm512_packs_epi32(sums[0], sums[1]), _mm512_packs_epi32(sums[2], sums[3]));
 }
 
 inline uint64_t first_bytes(int64_t number) { return number >= 64 ? ~uint64_t(0) : (uint64_t(1) << number) - 1; }
@@ -165,37 +176,48 @@ void grouped(const Byte* in, int64_t stride, int width, __m512i* out) {
     }
 }
 
-void across_grouped(const __m512i* in, const Digits& digits, Byte* out, int64_t stride, int number) {
+// `TILES` times four rows, which are `apart` vectors apart in `in` and follow each other in `out`.
+template <int TILES>
+void across_grouped(const __m512i* in, int64_t apart, const Digits& digits, Byte* out, int64_t stride, int number) {
     const __m512i without_gaps =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
     for (int i = 0; i < number; i += 4) {
-        Sums sums[4];
+        __m512i sums[TILES][4];
+#pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {
             const int at = std::min(i + k, number - 1);
             const int32_t* values = digits.values + int64_t(at) * 3 * digits.groups;
-            for (int g = 0; g < digits.groups; g++) sums[k].add(in[digits.first[at] + g], values + 3 * g);
+            __m512i found[TILES];
+            summed(in + digits.first[at], 1, apart, values, digits.groups, found);
+#pragma GCC unroll 4
+            for (int t = 0; t < TILES; t++) sums[t][k] = found[t];
         }
-        const __m512i rows = _mm512_shuffle_epi8(packed(sums), without_gaps);
         const __mmask16 mask = __mmask16(first_bytes(std::min(12, 3 * (number - i))));
-        _mm_mask_storeu_epi8(out + 3 * i, mask, _mm512_castsi512_si128(rows));
-        _mm_mask_storeu_epi8(out + stride + 3 * i, mask, _mm512_extracti32x4_epi32(rows, 1));
-        _mm_mask_storeu_epi8(out + 2 * stride + 3 * i, mask, _mm512_extracti32x4_epi32(rows, 2));
-        _mm_mask_storeu_epi8(out + 3 * stride + 3 * i, mask, _mm512_extracti32x4_epi32(rows, 3));
+        Byte* to = out + 3 * i;
+#pragma GCC unroll 4
+        for (int t = 0; t < TILES; t++, to += 4 * stride) {
+            const __m512i rows = _mm512_shuffle_epi8(packed(sums[t]), without_gaps);
+            _mm_mask_storeu_epi8(to, mask, _mm512_castsi512_si128(rows));
+            _mm_mask_storeu_epi8(to + stride, mask, _mm512_extracti32x4_epi32(rows, 1));
+            _mm_mask_storeu_epi8(to + 2 * stride, mask, _mm512_extracti32x4_epi32(rows, 2));
+            _mm_mask_storeu_epi8(to + 3 * stride, mask, _mm512_extracti32x4_epi32(rows, 3));
+        }
     }
 }
 
 void across(const Byte* in, int64_t stride, int rows, int width, Byte* out, const Axis& axis, int number) {
     const Digits digits = digits_of(axis, number);
-    const int64_t length = 3 * int64_t(number);
-    __m512i* tile = reinterpret_cast<__m512i*>(scratch<2, Byte>(LINE * ((width + 3) / 4 + int64_t(digits.groups))));
+    const int64_t length = 3 * int64_t(number), apart = (width + 3) / 4 + digits.groups;
+    __m512i* tiles = reinterpret_cast<__m512i*>(scratch<2, Byte>(2 * LINE * apart));
     int row = 0;
-    for (; row + 4 <= rows; row += 4) {
-        grouped(in + row * stride, stride, width, tile);
-        across_grouped(tile, digits, out + row * length, length, number);
+    for (; row + 8 <= rows; row += 8) {
+        grouped(in + row * stride, stride, width, tiles);
+        grouped(in + (row + 4) * stride, stride, width, tiles + apart);
+        across_grouped<2>(tiles, apart, digits, out + row * length, length, number);
     }
     for (; row < rows; row++) {  // as four that are the same
-        grouped(in + row * stride, 0, width, tile);
-        across_grouped(tile, digits, out + row * length, 0, number);
+        grouped(in + row * stride, 0, width, tiles);
+        across_grouped<1>(tiles, 0, digits, out + row * length, 0, number);
     }
 }
 
@@ -226,9 +248,8 @@ void down(const Byte* in, int64_t stride, int rows, Byte* out, const Axis& axis,
         const int32_t* values = digits.values + int64_t(i) * 3 * digits.groups;
         for (int64_t block = 0; block < blocks; block++) {
             const __m512i* from = stack + 4 * (digits.first[i] * blocks + block);
-            Sums sums[4];
-            for (int g = 0; g < digits.groups; g++)
-                for (int k = 0; k < 4; k++) sums[k].add(from[4 * g * blocks + k], values + 3 * g);
+            __m512i sums[4];
+            summed(from, 4 * blocks, 1, values, digits.groups, sums);
             _mm512_mask_storeu_epi8(out + 64 * block, first_bytes(width - 64 * block), packed(sums));
         }
     }

@@ -129,7 +129,7 @@ def rotation(size: tuple[int, int], degrees: float) -> tuple[float, float, float
 def mapped(pixels: Pixels, table: UInt8[np.ndarray, "3 256"]) -> Pixels:
     """Replace each value by `table[channel, value]`."""
     if (library := _library()) is None:
-        return table[np.arange(3), pixels]
+        return np.ascontiguousarray(table[np.arange(3), pixels])
     pixels, out = _in_and_out(pixels)
     table = np.ascontiguousarray(table)
     library.pixels_mapped(pixels.ctypes.data, pixels.size // 3, out.ctypes.data, table.ctypes.data)
