@@ -583,16 +583,8 @@ void pixels_sharpened(const Byte* in, int height, int width, Byte* out, float fa
 }
 
 void pixels_flipped(const Byte* in, int height, int width, Byte* out) {
-    for (int y = 0; y < height; y++, in += 3 * int64_t(width), out += 3 * int64_t(width)) {
-        // Four bytes are one move: one too many before the pixel, and behind it, where the next is written.
-        for (int x = 0; x < width - 1; x++) {
-            uint32_t bytes;
-            std::memcpy(&bytes, in + 3 * (width - 1 - x) - 1, 4);
-            bytes >>= 8;
-            std::memcpy(out + 3 * x, &bytes, 4);
-        }
-        std::memcpy(out + 3 * (width - 1), in, 3);
-    }
+    for (int y = 0; y < height; y++, in += 3 * int64_t(width), out += 3 * int64_t(width))
+        for (int x = 0; x < width; x++) std::memcpy(out + 3 * x, in + 3 * (width - 1 - x), 3);
 }
 
 // Into planes, `channel` values apart, or with the channels of a pixel side by side, 1 apart.
