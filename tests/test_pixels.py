@@ -1,23 +1,29 @@
 """Both implementations against Pillow's own functions, bit for bit, over many sizes, matrices and factors."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
 from torchvision import transforms
 
-from dytrun import pixels
+from dytrun import native, pixels
 
-IMPLEMENTATIONS = (pytest.param("native", marks=pytest.mark.native), "pillow")
+ENGINES = (pytest.param("native", marks=pytest.mark.native), pytest.param("plain", marks=pytest.mark.native), "pillow")
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FILL = (124, 116, 104)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
-    """Have one of the two compute; the compiled one is left out where no compiler is."""
-    monkeypatch.setattr(pixels, "_is_native_wanted", request.param == "native")
-    if pixels.implementation() != request.param:
+    """Have one compute: what is compiled for this processor; for any of its kind, as elsewhere; or Pillow."""
+    plain = tuple(flag for flag in pixels._flags if flag not in native.PROCESSOR)
+    monkeypatch.setattr(pixels, "_flags", {"native": pixels._flags, "plain": plain, "pillow": None}[request.param])
+    if pixels.implementation() != ("pillow" if request.param == "pillow" else "native"):
         pytest.skip("no C++ compiler")
     return request.param
 
@@ -97,10 +103,9 @@ def test_strange_memory(engine):
         table = np.arange(768, dtype=np.uint8).reshape(256, 3).T
         same(pixels.mapped(view, table), plain.point(table.ravel().tolist()))
         assert pixels.histogram(view).ravel().tolist() == plain.histogram()
-        same(
-            pixels.warped(view, (1, 0.1, 0, 0, 1, 0), FILL),
-            plain.transform(plain.size, Image.Transform.AFFINE, (1, 0.1, 0, 0, 1, 0), RESAMPLING["bicubic"], 1, FILL),
-        )
+        shear = (1, 0.1, 0, 0, 1, 0)
+        expected = plain.transform(plain.size, Image.Transform.AFFINE, shear, Image.Resampling.BICUBIC, fillcolor=FILL)
+        same(pixels.warped(view, shear, FILL), expected)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +229,52 @@ def test_normalising_gives_the_floats_of_torchvision(engine, memory_format):
         pixels.normalised(batch, mean, std, wide.numpy()[..., : size[1]])
         assert torch.equal(wide[..., : size[1]], expected)
         assert wide[..., size[1] :].isnan().all()
+
+
+def test_threads_do_not_meet(engine):
+    source = np.random.default_rng(9)
+    images = [drawn(source, int(source.integers(20, 300)), int(source.integers(20, 300))) for _ in range(48)]
+
+    def both(image: np.ndarray) -> np.ndarray:
+        return pixels.warped(pixels.resized(image, (96, 96)), pixels.rotation((96, 96), 20.0), FILL)
+
+    with ThreadPoolExecutor(4) as pool:
+        for image, found in zip(images, pool.map(both, images), strict=True):
+            np.testing.assert_array_equal(found, both(image))
+
+
+_WRONG = """
+import sys
+import numpy as np
+from dytrun import pixels
+print(pixels.implementation())
+image, table = np.zeros((4, 4, 3), np.uint8), np.zeros((3, 256), np.uint8)
+for call in (
+    lambda: pixels.resized(image.astype(np.float32), (2, 2)),
+    lambda: pixels.resized(image[..., :1], (2, 2)),
+    lambda: pixels.flipped(image[:0]),
+    lambda: pixels.warped(image[0], (1, 0, 0, 0, 1, 0), (0, 0, 0)),
+    lambda: pixels.mapped(image, table[0]),
+    lambda: pixels.mapped(image, table.astype(np.int64)),
+    lambda: pixels.normalised(image[None], (0, 0, 0), (1, 1, 1), np.zeros((1, 3, 4, 3), np.float32)),
+):
+    try:
+        call()
+    except ValueError as error:
+        print("refused:", error)
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("where", [pytest.param("native", marks=pytest.mark.native), "pillow"])
+def test_what_is_no_image_is_refused_without_torch(where):
+    """A process of its own, because here every argument is checked against its annotation before."""
+    env = os.environ | ({"CXX": "/nowhere/c++"} if where == "pillow" else {})
+    done = subprocess.run([sys.executable, "-c", _WRONG], env=env, capture_output=True, text=True, check=True)
+    who, *refused, has_torch = done.stdout.splitlines()
+    if where == "native" and who == "pillow":
+        pytest.skip("no C++ compiler")
+    assert who == where
+    assert len(refused) == 7, refused
+    assert all(line.startswith("refused: ") for line in refused)
+    assert has_torch == "False", "a loader's process would pay for it"
