@@ -528,7 +528,7 @@ void pixels_mapped(const Byte* in, int64_t number, Byte* out, const Byte* table)
 void pixels_histogram(const Byte* in, int64_t number, int64_t* counts) {
     // Several tables: to count the same value twice in a row would wait for memory.
     constexpr int TABLES = 4;
-    int64_t parts[TABLES][3][256] = {};
+    uint32_t parts[TABLES][3][256] = {};
     int64_t i = 0;
     for (; i + TABLES <= number; i += TABLES)
         for (int t = 0; t < TABLES; t++)
