@@ -34,6 +34,11 @@ Item* scratch(int64_t size) {
     return kept.data() + (LINE - address % LINE) % LINE / sizeof(Item);
 }
 
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
+// The four bytes of a word.
+inline Int4 split(uint32_t bytes) { return ((Int4{} + int32_t(bytes)) >> Int4{0, 8, 16, 24}) & 255; }
+
 inline Byte clipped(int32_t value) { return Byte(value < 0 ? 0 : value > 255 ? 255 : value); }
 
 // ---------------------------------------------------------------------------------------------------------- resizing
@@ -256,27 +261,46 @@ void down(const Byte* in, int64_t stride, int rows, Byte* out, const Axis& axis,
 
 #else
 
-template <int ROWS>
-void across_rows(const Byte* in, int64_t stride, Byte* out, const Axis& axis, int number) {
-    for (int i = 0; i < number; i++) {
-        const int32_t* coefficients = axis.coefficients + int64_t(i) * axis.taps;
-        const Byte* from = in + 3 * int64_t(axis.start[i]);
-        int32_t sums[ROWS][3];
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < 3; c++) sums[r][c] = HALF;
-        for (int j = 0; j < axis.count[i]; j++, from += 3)
-            for (int r = 0; r < ROWS; r++)
-                for (int c = 0; c < 3; c++) sums[r][c] += coefficients[j] * from[r * stride + c];
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < 3; c++) out[3 * (int64_t(r) * number + i) + c] = clipped(sums[r][c] >> FRACTION);
-    }
-}
+typedef int32_t Two __attribute__((vector_size(32)));  // R, G, B and something of two rows
 
-void across(const Byte* in, int64_t stride, int rows, int, Byte* out, const Axis& axis, int number) {
+void across(const Byte* in, int64_t stride, int rows, int width, Byte* out, const Axis& axis, int number) {
     const int64_t length = 3 * int64_t(number);
-    int row = 0;
-    for (; row + 4 <= rows; row += 4) across_rows<4>(in + row * stride, stride, out + row * length, axis, number);
-    for (; row < rows; row++) across_rows<1>(in + row * stride, stride, out + row * length, axis, number);
+    int32_t* tile = scratch<2, int32_t>(16 * int64_t(width));
+    for (int row = 0; row < rows; row += 4) {
+        for (int r = 0; r < 4; r++) {
+            const Byte* from = in + std::min(row + r, rows - 1) * stride;
+            for (int x = 0; x < width; x++) {
+                uint32_t bytes = 0;
+                if (x < width - 1) {
+                    std::memcpy(&bytes, from + 3 * x, 4);
+                } else {
+                    std::memcpy(&bytes, from + 3 * x, 3);  // behind the last one there may be nothing
+                }
+                const Int4 values = split(bytes);
+                std::memcpy(tile + 16 * x + 4 * r, &values, sizeof(values));
+            }
+        }
+        for (int i = 0; i < number; i++) {
+            const int32_t* coefficients = axis.coefficients + int64_t(i) * axis.taps;
+            const Two* from = reinterpret_cast<const Two*>(tile) + 2 * axis.start[i];
+            Two upper = Two{} + HALF, lower = upper;
+            for (int j = 0; j < axis.count[i]; j++) {
+                upper += from[2 * j] * coefficients[j];
+                lower += from[2 * j + 1] * coefficients[j];
+            }
+            int32_t values[16];
+            for (Two* sum : {&upper, &lower}) {
+                *sum >>= FRACTION;
+                *sum = *sum < 0 ? Two{} : *sum;
+                *sum = *sum > 255 ? Two{} + 255 : *sum;
+            }
+            std::memcpy(values, &upper, sizeof(upper));
+            std::memcpy(values + 8, &lower, sizeof(lower));
+            Byte* to = out + row * length + 3 * i;
+            for (int r = 0; r < std::min(4, rows - row); r++, to += length)
+                to[0] = Byte(values[4 * r]), to[1] = Byte(values[4 * r + 1]), to[2] = Byte(values[4 * r + 2]);
+        }
+    }
 }
 
 void down(const Byte* in, int64_t stride, int, Byte* out, const Axis& axis, int number, int64_t width) {
@@ -347,7 +371,6 @@ void resize(const Byte* in, int64_t stride, int height, int width, Byte* out, in
 
 constexpr int EDGE = 2;  // by so much the taps of a pixel may lie outside the image, where its border is repeated
 
-typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef double Double4 __attribute__((vector_size(32)));
 
 inline Double4 loaded(const double* from) {
@@ -378,8 +401,7 @@ typedef int32_t Ints __attribute__((vector_size(16 * AT_ONCE)));
 typedef Byte Bytes __attribute__((vector_size(4 * AT_ONCE)));
 
 inline void widen(uint32_t bytes, double* out) {
-    const Int4 values = ((Int4{} + int32_t(bytes)) >> Int4{0, 8, 16, 24}) & 255;
-    const Double4 pixel = __builtin_convertvector(values, Double4);
+    const Double4 pixel = __builtin_convertvector(split(bytes), Double4);
     std::memcpy(out, &pixel, sizeof(pixel));
 }
 
@@ -528,7 +550,7 @@ void pixels_mapped(const Byte* in, int64_t number, Byte* out, const Byte* table)
 void pixels_histogram(const Byte* in, int64_t number, int64_t* counts) {
     // Several tables: to count the same value twice in a row would wait for memory.
     constexpr int TABLES = 4;
-    int64_t parts[TABLES][3][256] = {};
+    uint32_t parts[TABLES][3][256] = {};
     int64_t i = 0;
     for (; i + TABLES <= number; i += TABLES)
         for (int t = 0; t < TABLES; t++)
