@@ -1,8 +1,8 @@
 """What happens to an image before it is a part of a batch: crop, flip, colours; and where it will be erased.
 
 The paper's augmentation in timm's order (timm/data/transforms_factory.py): with the same seed the numbers drawn are
-those of timm's `create_transform`, and so are the pixels, to the bit. What needs a whole batch, or is cheap on the
-device, is in `finish.py`.
+those of timm's `create_transform`, and so are the pixels, to the bit. What is drawn depends on the size of an image and
+not on its pixels. What needs a whole batch, or is cheap on the device, is in `finish.py`.
 
 Randomness is a function, not a state: `seeded` sets every global generator that timm and torchvision draw from, keyed
 by what the numbers are for.
@@ -10,7 +10,7 @@ by what the numbers are for.
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from dytrun import pixels as ops
 from dytrun.config import AugmentConfig, DataConfig
 from dytrun.images import Picture
 from dytrun.pixels import Pixels
-from dytrun.rand_augment import Canvas, brightness, color, contrast, rand_augment
+from dytrun.rand_augment import Operation, done, most_operations, rand_augment
 
 # Centre crop over resized short side in the reference's evaluation, and the size from which it warps instead
 # (jiachenzhu/DyT, datasets.py).
@@ -29,6 +29,7 @@ _CROP_PCT = 224 / 256
 _WARP_FROM = 384
 # Share of the image that is erased, smallest ratio of its sides, and tries to fit it in (timm's RandomErasing).
 _ERASED_AREA, _ERASED_RATIO, _TRIES = (0.02, 1 / 3), 0.3, 10
+_JITTERED = ("Brightness", "Contrast", "Color")
 
 
 class Box(NamedTuple):
@@ -41,7 +42,25 @@ class Box(NamedTuple):
 
 
 NOWHERE = Box(0, 0, 0, 0)
+
+
+class Drawn(NamedTuple):
+    """What is to be done to an image of known size, in this order."""
+
+    box: Box
+    """The part of it that is kept."""
+    size: tuple[int, int]
+    """(height, width) that this is resized to."""
+    interpolation: ops.Interpolation
+    window: Box
+    """The part that is kept of that."""
+    is_flipped: bool = False
+    operations: Sequence[Operation] = ()
+
+
 Transform = Callable[[Picture], Pixels]
+Drawer = Callable[[int, int], Drawn]
+"""Height and width of an image → what is to be done to it."""
 
 
 def key(*parts: int) -> int:
@@ -60,43 +79,69 @@ def seeded(*parts: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def train_transform(augment: AugmentConfig, data: DataConfig) -> Transform:
-    """Make picture → square of `data.image_size`; draws from the global generators.
+def train_drawer(augment: AugmentConfig, data: DataConfig) -> Drawer:
+    """Make the function that draws, from the global generators, what becomes of a training image."""
+    place = eval_drawer(data) if augment.scale is None else _random_crop(augment, data.image_size)
+    drawn = list
+    if augment.rand_augment is not None:
+        drawn = rand_augment(augment.rand_augment, data.image_size, data.mean, augment.interpolation)
+    elif augment.color_jitter > 0:
+        drawn = _color_jitter(augment.color_jitter)
+
+    def draw(height: int, width: int) -> Drawn:
+        placed = place(height, width)
+        is_flipped = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
+        return placed._replace(is_flipped=is_flipped, operations=drawn())
+
+    return draw
+
+
+def num_operations(augment: AugmentConfig) -> int:
+    """Return how many operations there are in what is drawn, at most."""
+    if augment.rand_augment is not None:
+        return most_operations(augment.rand_augment)
+    return len(_JITTERED) if augment.color_jitter > 0 else 0
+
+
+def eval_drawer(data: DataConfig) -> Drawer:
+    """Make the function that says what becomes of an image in the reference's evaluation; nothing is drawn."""
+    size, short = data.image_size, eval_resize(data)
+
+    def place(height: int, width: int) -> Drawn:
+        if short is None:
+            return Drawn(Box(0, 0, height, width), (size, size), "bicubic", Box(0, 0, size, size))
+        longer = int(short * max(height, width) / min(height, width))
+        full = (longer, short) if height > width else (short, longer)
+        top, left = (round((side - size) / 2.0) for side in full)
+        return Drawn(Box(0, 0, height, width), full, "bicubic", Box(top, left, size, size))
+
+    return place
+
+
+def transform(draw: Drawer) -> Transform:
+    """Make picture → square, as `draw` says.
 
     The function raises Unreadable where the picture is damaged.
     """
-    steps: list[Callable[[Pixels], Pixels]] = []
-    if augment.hflip > 0:
-        steps.append(lambda pixels: ops.flipped(pixels) if torch.rand(1) < augment.hflip else pixels)
-    if augment.rand_augment is not None:
-        steps.append(rand_augment(augment.rand_augment, data.image_size, data.mean, augment.interpolation))
-    elif augment.color_jitter > 0:
-        steps.append(_color_jitter(augment.color_jitter))
-    first = eval_transform(data) if augment.scale is None else _random_crop(augment, data.image_size)
 
-    def transform(picture: Picture) -> Pixels:
-        pixels = first(picture)
-        for step in steps:
-            pixels = step(pixels)
-        return pixels
+    def transformed(picture: Picture) -> Pixels:
+        drawn = draw(picture.height, picture.width)
+        top, left, height, width = drawn.box
+        kept = picture.pixels()[top : top + height, left : left + width]
+        pixels = ops.resized(kept, drawn.size, drawn.window, drawn.interpolation)
+        return done(drawn.operations, ops.flipped(pixels) if drawn.is_flipped else pixels)
 
-    return transform
+    return transformed
+
+
+def train_transform(augment: AugmentConfig, data: DataConfig) -> Transform:
+    """Make picture → square of `data.image_size`; draws from the global generators."""
+    return transform(train_drawer(augment, data))
 
 
 def eval_transform(data: DataConfig) -> Transform:
     """Make the deterministic picture → square of `data.image_size` of the reference's evaluation."""
-    size, short = data.image_size, eval_resize(data)
-
-    def transform(picture: Picture) -> Pixels:
-        if short is None:
-            return ops.resized(picture.pixels(), (size, size))
-        height, width = picture.height, picture.width
-        longer = int(short * max(height, width) / min(height, width))
-        full = (longer, short) if height > width else (short, longer)
-        top, left = (round((side - size) / 2.0) for side in full)
-        return ops.resized(picture.pixels(), full, (top, left, size, size))
-
-    return transform
+    return transform(eval_drawer(data))
 
 
 def eval_resize(data: DataConfig) -> int | None:
@@ -137,33 +182,27 @@ def erased_box(size: int, probability: float) -> Box:
     return NOWHERE
 
 
-def _random_crop(augment: AugmentConfig, size: int) -> Transform:
+def _random_crop(augment: AugmentConfig, size: int) -> Drawer:
     scale, ratio = augment.scale, augment.ratio
     assert scale is not None
 
-    def transform(picture: Picture) -> Pixels:
-        top, left, height, width = random_box(picture.height, picture.width, scale, ratio)
-        interpolation = augment.interpolation
+    def place(height: int, width: int) -> Drawn:
+        box, interpolation = random_box(height, width, scale, ratio), augment.interpolation
         if interpolation == "random":
             interpolation = random.choice(("bilinear", "bicubic"))
-        kept = picture.pixels()[top : top + height, left : left + width]
-        return ops.resized(kept, (size, size), interpolation=interpolation)
+        return Drawn(box, (size, size), interpolation, Box(0, 0, size, size))
 
-    return transform
+    return place
 
 
-def _color_jitter(strength: float) -> Callable[[Pixels], Pixels]:
+def _color_jitter(strength: float) -> Callable[[], list[Operation]]:
     """Brightness, contrast and saturation, each by a random factor, in random order; drawn by torchvision."""
     jitter = transforms.ColorJitter(*(strength,) * 3)
     ranges = [None if one is None else list(one) for one in (jitter.brightness, jitter.contrast, jitter.saturation)]
-    functions = (brightness, contrast, color)
 
-    def apply(pixels: Pixels) -> Pixels:
+    def draw() -> list:  # of Operation
         order, *factors = transforms.ColorJitter.get_params(ranges[0], ranges[1], ranges[2], None)
-        canvas = Canvas(pixels)
-        for number in order.tolist():
-            if number < len(functions) and factors[number] is not None:
-                canvas = functions[number](canvas, factors[number])
-        return canvas.finished()
+        chosen = [(_JITTERED[number], factors[number]) for number in order.tolist() if number < len(_JITTERED)]
+        return [Operation(name, (factor,), {}) for name, factor in chosen if factor is not None]
 
-    return apply
+    return draw

@@ -1,13 +1,14 @@
 """timm's RandAugment, drawn by timm and computed here.
 
 timm chooses the operations and their strengths, from Python's and NumPy's global generators, so that the same seed
-gives the same augmentation as there. The pixels are computed on arrays, and equal Pillow's to the bit. Operations that
-are tables are not applied one after the other: their tables are composed.
+gives the same augmentation as there; nothing that is drawn depends on the pixels. These are computed on arrays, and
+equal Pillow's to the bit. Operations that are tables are not applied one after the other: their tables are composed.
 """
 
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm.data.auto_augment as timm_auto_augment
@@ -19,6 +20,17 @@ from dytrun import pixels as ops
 from dytrun.pixels import Pixels
 
 _LEVELS = np.arange(256)
+
+
+class Operation(NamedTuple):
+    """An operation that was drawn."""
+
+    name: str
+    """timm's, without its "Increasing"."""
+    strength: tuple[float | int, ...]
+    """As timm hands it to the operation: degrees, a share of the side, a factor, bits, a level; nothing for some."""
+    options: dict[str, Any]
+    """The filter and the filling of one that warps."""
 
 
 class Canvas:
@@ -48,8 +60,8 @@ class Canvas:
         return self
 
 
-def rand_augment(policy: str, size: int, mean: tuple[float, ...], interpolation: str) -> Callable[[Pixels], Pixels]:
-    """Make timm's RandAugment of a policy such as "rand-m9-mstd0.5-inc1".
+def rand_augment(policy: str, size: int, mean: tuple[float, ...], interpolation: str) -> Callable[[], list[Operation]]:
+    """Make the function that draws timm's RandAugment of a policy such as "rand-m9-mstd0.5-inc1".
 
     Args:
         policy: in timm's notation.
@@ -65,21 +77,42 @@ def rand_augment(policy: str, size: int, mean: tuple[float, ...], interpolation:
         params["interpolation"] = str_to_pil_interp(interpolation)
     chosen = timm_auto_augment.rand_augment_transform(policy, params)
     for op in chosen.ops:
-        op.aug_fn = _OPERATIONS[op.name.removesuffix("Increasing")]
-    return lambda pixels: chosen(Canvas(pixels)).finished()  # pyright: ignore[reportArgumentType]  it only hands it on
+        op.aug_fn = partial(_noted, op.name.removesuffix("Increasing"))
+    return lambda: chosen([])  # pyright: ignore[reportArgumentType]  it only hands the list on
 
 
-def brightness(canvas: Canvas, factor: float, **_: object) -> Canvas:
+def most_operations(policy: str) -> int:
+    """Return how many operations a policy does to an image at most."""
+    return timm_auto_augment.rand_augment_transform(policy, {}).num_layers
+
+
+def done(operations: Iterable[Operation], pixels: Pixels) -> Pixels:
+    """Do operations to an image, one after the other."""
+    canvas = Canvas(pixels)
+    for name, strength, options in operations:
+        canvas = _OPERATIONS[name](canvas, *strength, **options)
+    return canvas.finished()
+
+
+# Lists of anything: to look into a list of operations, the check of types in tests would draw from Python's generator.
+def _noted(name: str, drawn: list, *strength: float | int, **options: Any) -> list:
+    """Stand in for an operation of timm's: note what it would do."""
+    if name in _WARPING and isinstance(options["resample"], tuple | list):
+        options["resample"] = random.choice(options["resample"])
+    return [*drawn, Operation(name, strength, options)]
+
+
+def _brightness(canvas: Canvas, factor: float, **_: object) -> Canvas:
     """Blend with black; a factor of 1 changes nothing, above it exaggerates."""
     return canvas.through(ops.blend_table(0, factor))
 
 
-def contrast(canvas: Canvas, factor: float, **_: object) -> Canvas:
+def _contrast(canvas: Canvas, factor: float, **_: object) -> Canvas:
     """Blend with the mean grey of the image."""
     return canvas.through(ops.blend_table(ops.gray_mean(canvas.finished()), factor))
 
 
-def color(canvas: Canvas, factor: float, **_: object) -> Canvas:
+def _color(canvas: Canvas, factor: float, **_: object) -> Canvas:
     """Blend with the grey image."""
     return canvas.put(ops.color(canvas.finished(), factor))
 
@@ -159,11 +192,12 @@ def _translate_y(canvas: Canvas, share: float, **kwargs: Any) -> Canvas:
 
 
 def _warped(canvas: Canvas, matrix: ops.Matrix, kwargs: dict) -> Canvas:
-    resample = kwargs["resample"]
-    if isinstance(resample, tuple | list):
-        resample = random.choice(resample)
-    interpolation = "bicubic" if resample == Image.Resampling.BICUBIC else "bilinear"
-    return canvas.put(ops.warped(canvas.finished(), matrix, kwargs["fillcolor"], interpolation))
+    return canvas.put(ops.warped(canvas.finished(), matrix, kwargs["fillcolor"], filter_name(kwargs["resample"])))
+
+
+def filter_name(resample: int) -> ops.Interpolation:
+    """Name one of Pillow's two filters that timm warps with."""
+    return "bicubic" if resample == Image.Resampling.BICUBIC else "bilinear"
 
 
 # By timm's names; those of operations that grow stronger with the level end in "Increasing" too.
@@ -175,12 +209,13 @@ _OPERATIONS: dict[str, Callable[..., Canvas]] = {
     "Posterize": _posterize,
     "Solarize": _solarize,
     "SolarizeAdd": _solarize_add,
-    "Color": color,
-    "Contrast": contrast,
-    "Brightness": brightness,
+    "Color": _color,
+    "Contrast": _contrast,
+    "Brightness": _brightness,
     "Sharpness": _sharpness,
     "ShearX": _shear_x,
     "ShearY": _shear_y,
     "TranslateXRel": _translate_x,
     "TranslateYRel": _translate_y,
 }
+_WARPING = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
