@@ -100,6 +100,11 @@ class Picture:
                 self._pixels = _by_pillow(content, path)
         self.height, self.width = size or self._pixels.shape[:2]  # pyright: ignore[reportOptionalMemberAccess]
 
+    @property
+    def jpeg(self) -> bytes | memoryview | None:
+        """The file, if it is a plain JPEG; None where the pixels are there already."""
+        return None if self._pixels is not None or isinstance(self._content, np.ndarray) else self._content
+
     def pixels(self) -> Pixels:
         """Return the whole image.
 

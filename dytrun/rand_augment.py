@@ -97,7 +97,7 @@ def done(operations: Iterable[Operation], pixels: Pixels) -> Pixels:
 # Lists of anything: to look into a list of operations, the check of types in tests would draw from Python's generator.
 def _noted(name: str, drawn: list, *strength: float | int, **options: Any) -> list:
     """Stand in for an operation of timm's: note what it would do."""
-    if name in _WARPING and isinstance(options["resample"], tuple | list):
+    if name in WARPING and isinstance(options["resample"], tuple | list):
         options["resample"] = random.choice(options["resample"])
     return [*drawn, Operation(name, strength, options)]
 
@@ -170,29 +170,40 @@ def _flattened(counts: np.ndarray) -> np.ndarray:
     return np.minimum((step // 2 + below) // step, 255).astype(np.uint8)
 
 
-def _rotate(canvas: Canvas, degrees: float, **kwargs: Any) -> Canvas:
+def _rotation(shape: tuple[int, int], degrees: float | int) -> ops.Matrix:
+    return ops.rotation(shape, degrees)
+
+
+def _shear_x(_: tuple[int, int], factor: float | int) -> ops.Matrix:
+    return 1.0, factor, 0.0, 0.0, 1.0, 0.0
+
+
+def _shear_y(_: tuple[int, int], factor: float | int) -> ops.Matrix:
+    return 1.0, 0.0, 0.0, factor, 1.0, 0.0
+
+
+def _translation_x(shape: tuple[int, int], share: float | int) -> ops.Matrix:
+    return 1.0, 0.0, share * shape[1], 0.0, 1.0, 0.0
+
+
+def _translation_y(shape: tuple[int, int], share: float | int) -> ops.Matrix:
+    return 1.0, 0.0, 0.0, 0.0, 1.0, share * shape[0]
+
+
+# The matrix for `ops.warped` of each operation that warps an image of (height, width).
+WARPING: dict[str, Callable[[tuple[int, int], float | int], ops.Matrix]] = {
+    "Rotate": _rotation,
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateXRel": _translation_x,
+    "TranslateYRel": _translation_y,
+}
+
+
+def _warped(canvas: Canvas, strength: float | int, *, name: str, resample: Any, fillcolor: Any) -> Canvas:
     pixels = canvas.finished()
-    return _warped(canvas, ops.rotation(pixels.shape[:2], degrees), kwargs)
-
-
-def _shear_x(canvas: Canvas, factor: float, **kwargs: Any) -> Canvas:
-    return _warped(canvas, (1.0, factor, 0.0, 0.0, 1.0, 0.0), kwargs)
-
-
-def _shear_y(canvas: Canvas, factor: float, **kwargs: Any) -> Canvas:
-    return _warped(canvas, (1.0, 0.0, 0.0, factor, 1.0, 0.0), kwargs)
-
-
-def _translate_x(canvas: Canvas, share: float, **kwargs: Any) -> Canvas:
-    return _warped(canvas, (1.0, 0.0, share * canvas.finished().shape[1], 0.0, 1.0, 0.0), kwargs)
-
-
-def _translate_y(canvas: Canvas, share: float, **kwargs: Any) -> Canvas:
-    return _warped(canvas, (1.0, 0.0, 0.0, 0.0, 1.0, share * canvas.finished().shape[0]), kwargs)
-
-
-def _warped(canvas: Canvas, matrix: ops.Matrix, kwargs: dict) -> Canvas:
-    return canvas.put(ops.warped(canvas.finished(), matrix, kwargs["fillcolor"], filter_name(kwargs["resample"])))
+    height, width, _ = pixels.shape
+    return canvas.put(ops.warped(pixels, WARPING[name]((height, width), strength), fillcolor, filter_name(resample)))
 
 
 def filter_name(resample: int) -> ops.Interpolation:
@@ -205,7 +216,6 @@ _OPERATIONS: dict[str, Callable[..., Canvas]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
     "Invert": _invert,
-    "Rotate": _rotate,
     "Posterize": _posterize,
     "Solarize": _solarize,
     "SolarizeAdd": _solarize_add,
@@ -213,9 +223,5 @@ _OPERATIONS: dict[str, Callable[..., Canvas]] = {
     "Contrast": _contrast,
     "Brightness": _brightness,
     "Sharpness": _sharpness,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    **{name: partial(_warped, name=name) for name in WARPING},
 }
-_WARPING = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
