@@ -65,8 +65,8 @@ MAY_IMPORT = {
     },
     "run": {
         "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
-        "images", "machine", "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
-        "throughput", "tracking", "validation", "warmstart", "watchdog",
+        "images", "machine", "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state",
+        "stop", "terminal", "throughput", "tracking", "validation", "warmstart", "watchdog",
     },
     "resume": {
         "checkpoint", "compute", "config", "distributed", "errors", "machine", "norm", "optim", "owner", "sources",
