@@ -1,36 +1,47 @@
-"""What happens to an image, and to a batch of images.
+"""What happens to an image before it is a part of a batch: crop, flip, colours; and where it will be erased.
 
-The paper's augmentation with timm's own parts in timm's order (timm/data/transforms_factory.py), so that the same
-seed gives the same pixels as timm's `create_transform`. Randomness is a function, not a state: `seeded` sets every
-global generator that these libraries draw from, keyed by what the numbers are for.
+The paper's augmentation in timm's order (timm/data/transforms_factory.py): with the same seed the numbers drawn are
+those of timm's `create_transform`, and so are the pixels, to the bit. What needs a whole batch, or is cheap on the
+device, is in `finish.py`.
 
-Axes: B batch, C channel, H height, W width, K class.
+Randomness is a function, not a state: `seeded` sets every global generator that timm and torchvision draw from, keyed
+by what the numbers are for.
 """
 
+import math
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-import timm.data.auto_augment as timm_auto_augment
 import torch
-from jaxtyping import Float, Int
-from PIL import Image
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
-from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
+from dytrun import pixels as ops
 from dytrun.config import AugmentConfig, DataConfig
-
-Transform = Callable[[Image.Image], Tensor]
-Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from dytrun.images import Picture
+from dytrun.pixels import Pixels
+from dytrun.rand_augment import Canvas, brightness, color, contrast, rand_augment
 
 # Centre crop over resized short side in the reference's evaluation, and the size from which it warps instead
 # (jiachenzhu/DyT, datasets.py).
 _CROP_PCT = 224 / 256
 _WARP_FROM = 384
+# Share of the image that is erased, smallest ratio of its sides, and tries to fit it in (timm's RandomErasing).
+_ERASED_AREA, _ERASED_RATIO, _TRIES = (0.02, 1 / 3), 0.3, 10
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+NOWHERE = Box(0, 0, 0, 0)
+Transform = Callable[[Picture], Pixels]
 
 
 def key(*parts: int) -> int:
@@ -50,34 +61,42 @@ def seeded(*parts: int) -> None:
 
 
 def train_transform(augment: AugmentConfig, data: DataConfig) -> Transform:
-    """Make PIL image → normalised float tensor (C, H, W); draws from the global generators."""
-    size = data.image_size
-    steps: list = _crop(augment, data)
+    """Make picture → square of `data.image_size`; draws from the global generators.
+
+    The function raises Unreadable where the picture is damaged.
+    """
+    steps: list[Callable[[Pixels], Pixels]] = []
     if augment.hflip > 0:
-        steps.append(transforms.RandomHorizontalFlip(p=augment.hflip))
+        steps.append(lambda pixels: ops.flipped(pixels) if torch.rand(1) < augment.hflip else pixels)
     if augment.rand_augment is not None:
-        params: dict = {
-            "translate_const": int(size * 0.45),
-            "img_mean": tuple(min(255, round(255 * x)) for x in data.mean),
-        }
-        if augment.interpolation != "random":
-            params["interpolation"] = str_to_pil_interp(augment.interpolation)
-        policy = timm_auto_augment.rand_augment_transform(augment.rand_augment, params)
-        for op in policy.ops:
-            if op.aug_fn is timm_auto_augment.posterize:
-                op.aug_fn = posterize
-        steps.append(policy)
+        steps.append(rand_augment(augment.rand_augment, data.image_size, data.mean, augment.interpolation))
     elif augment.color_jitter > 0:
-        steps.append(transforms.ColorJitter(*(augment.color_jitter,) * 3))
-    steps += _to_tensor(data)
-    if augment.erase_prob > 0:
-        steps.append(RandomErasing(augment.erase_prob, mode=augment.erase_mode, max_count=1, device="cpu"))
-    return transforms.Compose(steps)
+        steps.append(_color_jitter(augment.color_jitter))
+    first = eval_transform(data) if augment.scale is None else _random_crop(augment, data.image_size)
+
+    def transform(picture: Picture) -> Pixels:
+        pixels = first(picture)
+        for step in steps:
+            pixels = step(pixels)
+        return pixels
+
+    return transform
 
 
 def eval_transform(data: DataConfig) -> Transform:
-    """Make the deterministic PIL image → normalised float tensor (C, H, W) of the reference's evaluation."""
-    return transforms.Compose([*_resize_and_crop(data), *_to_tensor(data)])
+    """Make the deterministic picture → square of `data.image_size` of the reference's evaluation."""
+    size, short = data.image_size, eval_resize(data)
+
+    def transform(picture: Picture) -> Pixels:
+        if short is None:
+            return ops.resized(picture.pixels(), (size, size))
+        height, width = picture.height, picture.width
+        longer = int(short * max(height, width) / min(height, width))
+        full = (longer, short) if height > width else (short, longer)
+        top, left = (round((side - size) / 2.0) for side in full)
+        return ops.resized(picture.pixels(), full, (top, left, size, size))
+
+    return transform
 
 
 def eval_resize(data: DataConfig) -> int | None:
@@ -87,60 +106,64 @@ def eval_resize(data: DataConfig) -> int | None:
     return int(data.image_size / (data.crop_pct or _CROP_PCT))
 
 
-def mixer(augment: AugmentConfig, num_classes: int) -> Mixer | None:
-    """Make (images (B, C, H, W), labels (B,)) → (mixed images, soft targets (B, K)), or None where nothing mixes.
+def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Draw the part of an image that a random crop keeps, as timm's RandomResizedCropAndInterpolation."""
+    for _ in range(_TRIES):
+        area = random.uniform(*scale) * (height * width)
+        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_width <= width and box_height <= height:
+            top = random.randint(0, height - box_height)
+            return Box(top, random.randint(0, width - box_width), box_height, box_width)
+    box_height, box_width = height, width
+    if width / height < min(ratio):
+        box_height = round(width / min(ratio))
+    elif width / height > max(ratio):
+        box_width = round(height * max(ratio))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
-    timm's Mixup in its batch mode, as the reference uses it: one lambda a micro-batch, partner = the batch reversed.
-    It works in place on the device of the images and draws from NumPy's global generator.
-    """
-    if not augment.mixes:
-        return None
-    mix = Mixup(
-        mixup_alpha=augment.mixup,
-        cutmix_alpha=augment.cutmix,
-        prob=augment.mix_prob,
-        switch_prob=augment.mix_switch_prob,
-        mode="batch",
-        label_smoothing=augment.smoothing,
-        num_classes=num_classes,
-    )
 
-    def apply(
-        images: Float[Tensor, "b c h w"], labels: Int[Tensor, "b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
-        return mix(images, labels)
+def erased_box(size: int, probability: float) -> Box:
+    """Draw the part of a square image that is erased, as timm's RandomErasing; `NOWHERE` if none is."""
+    if probability == 0 or random.random() > probability:
+        return NOWHERE
+    for _ in range(_TRIES):
+        area = random.uniform(*_ERASED_AREA) * (size * size)
+        aspect = math.exp(random.uniform(math.log(_ERASED_RATIO), math.log(1 / _ERASED_RATIO)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if width < size and height < size:
+            top = random.randint(0, size - height)
+            return Box(top, random.randint(0, size - width), height, width)
+    return NOWHERE
+
+
+def _random_crop(augment: AugmentConfig, size: int) -> Transform:
+    scale, ratio = augment.scale, augment.ratio
+    assert scale is not None
+
+    def transform(picture: Picture) -> Pixels:
+        top, left, height, width = random_box(picture.height, picture.width, scale, ratio)
+        interpolation = augment.interpolation
+        if interpolation == "random":
+            interpolation = random.choice(("bilinear", "bicubic"))
+        kept = picture.pixels()[top : top + height, left : left + width]
+        return ops.resized(kept, (size, size), interpolation=interpolation)
+
+    return transform
+
+
+def _color_jitter(strength: float) -> Callable[[Pixels], Pixels]:
+    """Brightness, contrast and saturation, each by a random factor, in random order; drawn by torchvision."""
+    jitter = transforms.ColorJitter(*(strength,) * 3)
+    ranges = [None if one is None else list(one) for one in (jitter.brightness, jitter.contrast, jitter.saturation)]
+    functions = (brightness, contrast, color)
+
+    def apply(pixels: Pixels) -> Pixels:
+        order, *factors = transforms.ColorJitter.get_params(ranges[0], ranges[1], ranges[2], None)
+        canvas = Canvas(pixels)
+        for number in order.tolist():
+            if number < len(functions) and factors[number] is not None:
+                canvas = functions[number](canvas, factors[number])
+        return canvas.finished()
 
     return apply
-
-
-def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keep the `bits` highest bits of each channel; none of them gives black.
-
-    timm's `PosterizeIncreasing` asks for 0 bits when the noise on its magnitude reaches the end. Pillow answered
-    with black up to version 12 and raises from 13 on.
-    """
-    if bits <= 0:
-        return image.point(lambda _: 0)
-    return timm_auto_augment.posterize(image, bits)
-
-
-def _crop(augment: AugmentConfig, data: DataConfig) -> list:
-    if augment.scale is None:
-        return _resize_and_crop(data)
-    return [
-        RandomResizedCropAndInterpolation(
-            data.image_size, scale=augment.scale, ratio=augment.ratio, interpolation=augment.interpolation
-        )
-    ]
-
-
-def _resize_and_crop(data: DataConfig) -> list:
-    size, bicubic = data.image_size, InterpolationMode.BICUBIC
-    resized = eval_resize(data)
-    if resized is None:
-        return [transforms.Resize((size, size), interpolation=bicubic)]
-    return [transforms.Resize(resized, interpolation=bicubic), transforms.CenterCrop(size)]
-
-
-def _to_tensor(data: DataConfig) -> list:
-    return [transforms.ToTensor(), transforms.Normalize(torch.tensor(data.mean), torch.tensor(data.std))]

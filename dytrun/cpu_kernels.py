@@ -6,13 +6,6 @@ with OpenMP, the same is done with torch's own operators, tanh by way of its sig
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +14,12 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
+from dytrun import native
+
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Without -ffast-math: a NaN has to come out as one, or a run would not notice that it has diverged.
-_PROCESSOR = (
-    ("-march=native", "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
-)
 _FLAGS = (
-    "-O3", *_PROCESSOR, "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+    "-O3", *native.PROCESSOR, "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast",
 )  # fmt: skip
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -151,10 +143,10 @@ def _run(
     *sums: Tensor,
 ) -> None:
     """Call the kernel of these two dtypes."""
-    native = library()
-    assert native is not None
+    kernels = library()
+    assert kernels is not None
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, *rows, *sums)]
-    kernel = getattr(native, "_".join((name, *(_DTYPES[tensor.dtype] for tensor in typed))))
+    kernel = getattr(kernels, "_".join((name, *(_DTYPES[tensor.dtype] for tensor in typed))))
     threads = min(torch.get_num_threads(), max(1, layout.rows * layout.cols // _GRAIN))
     kernel(*pointers, layout, ctypes.c_int(threads))
 
@@ -223,46 +215,4 @@ def _along(value: Tensor, x: Tensor, call: Call) -> Tensor:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, compiling them if nobody has; None where that is not possible."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        return None
-    try:
-        # What the compiler is and what this processor can do: a home directory may be that of another machine too.
-        macros = subprocess.run(
-            [*compiler.split(), *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull],
-            capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=60,
-        ).stdout  # fmt: skip
-        name = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), macros, " ".join(_FLAGS).encode()])).hexdigest()[:16]
-        with tempfile.TemporaryDirectory(prefix="dytrun-") as scratch:
-            kept = _cache() or Path(scratch)
-            file = kept / f"cpu_kernels-{name}.so"
-            if not file.exists():
-                _compile(compiler, file)
-            return ctypes.CDLL(str(file))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _compile(compiler: str, file: Path) -> None:
-    """Compile whole or not at all, whoever else is at it."""
-    number, name = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
-    os.close(number)
-    part = Path(name)
-    try:
-        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", name]
-        subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=300)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _cache() -> Path | None:
-    """Return the folder of what was compiled, if it can be written, and by nobody else: what is there will be run."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    try:
-        (folder := Path(home) / "dytrun").mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):
-        return None
-    is_ours = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if is_ours and os.access(folder, os.W_OK) else None
+    return native.library(_SOURCE, _FLAGS)

@@ -17,31 +17,54 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from PIL import Image
+from jaxtyping import Int, UInt8
 from setproctitle import getproctitle, setproctitle, setthreadtitle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dytrun.augment import eval_resize, eval_transform, key, mixer, seeded, train_transform
+from dytrun.augment import erased_box, eval_resize, eval_transform, key, seeded, train_transform
 from dytrun.batch import BadImage, Batch
 from dytrun.config import DataConfig, RunConfig
 from dytrun.errors import UserError
-from dytrun.images import MOST_PIXELS, Unreadable
+from dytrun.finish import Erased, Finish, Mixing, mixed_targets, mixing_drawer
+from dytrun.images import MOST_PIXELS, Picture, Unreadable
+from dytrun.pixels import Pixels
 from dytrun.sources import Data, Split
 from dytrun.stop import SIGNALS
 
 # Streams of randomness: unrelated numbers for the same (seed, step).
-INIT, _ORDER, _AUGMENT, _MIX, _SUBSTITUTE = range(5)
+INIT, _ORDER, _AUGMENT, _MIX, _SUBSTITUTE, _ERASE = range(6)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Evaluation batches for each loader process, below which the rank loads them itself.
 _BATCHES_WORTH_A_PROCESS = 4
+# Bytes of 8-bit images that the loader processes of a rank may hold ready, and batches for each of them.
+_READY_BYTES, _FEWEST_READY, _MOST_READY = 256 * 2**20, 2, 8
 
 
-# Image, label, index, and what was wrong with the image if another one stands in for it.
-_Sample = tuple[Tensor, int, int, BadImage | None]
-# The same of a micro-batch, before it is on the device; what was wrong by index.
-_Loaded = tuple[Tensor, Tensor, Tensor, dict[int, BadImage]]
+class _Sample(NamedTuple):
+    pixels: Pixels
+    label: int
+    number: int
+    """Its index in the split."""
+    erased: Erased = Erased()
+    bad: BadImage | None = None
+    """What was wrong with the image, if another one stands in for it."""
+
+
+class _Loaded(NamedTuple):
+    """A micro-batch as the loader processes hand it over."""
+
+    images: UInt8[Tensor, "b h w 3"]
+    labels: Int[Tensor, "b"]
+    indices: Int[Tensor, "b"]
+    erased: Int[Tensor, "b 5"]
+    """Box and key of each image."""
+    bad: dict[int, BadImage]
+    """By index."""
+
+    def tensors_to(self, device: torch.device) -> "_Loaded":
+        images, labels, indices, erased = (tensor.to(device, non_blocking=True) for tensor in self[:4])
+        return _Loaded(images, labels, indices, erased, self.bad)
 
 
 def train_batches(
@@ -58,8 +81,10 @@ def train_batches(
         UserError: no image of a class can be read (while the batches are gone through).
     """
     images = _TrainImages(config, data.train)
-    loader = _loader(images, _Order(len(data.train.labels), config.seed, rank_share), device, workers)
-    return _mixed(config, data.num_classes, rank_share, device, iter(loader))
+    order = _Order(len(data.train.labels), config.seed, rank_share)
+    ready = _ready_batches(rank_share.batch_per_rank, config.data.image_size, workers)
+    loader = _loader(images, order, device, workers, ready)
+    return _finished(config, data.num_classes, rank_share, device, iter(loader))
 
 
 class ValBatches:
@@ -72,7 +97,9 @@ class ValBatches:
         batches = [list(positions[i : i + batch]) for i in range(0, len(positions), batch)]
         # A process that has only a few batches to load costs more than it brings.
         workers = workers if len(batches) >= _BATCHES_WORTH_A_PROCESS * workers else 0
-        self._loader = _loader(_ValImages(data, split), batches, self._device, workers)
+        ready = _ready_batches(batch, data.image_size, workers)
+        self._loader = _loader(_ValImages(data, split), batches, self._device, workers, ready)
+        self._finish = Finish(data, "const", self._device)
         if workers:
             iter(self._loader)
 
@@ -82,10 +109,8 @@ class ValBatches:
         Raises:
             UserError: an image cannot be read; there is no accuracy over the others.
         """
-        for images, labels, indices, _ in _readable(iter(self._loader)):
-            device = self._device
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            yield Batch(images, labels, indices.to(device, non_blocking=True))
+        for loaded in _on_device(_readable(iter(self._loader)), self._device):
+            yield Batch(self._finish(loaded.images), loaded.labels, loaded.indices)
 
 
 class RankShare(NamedTuple):
@@ -131,8 +156,8 @@ class _Order:
 
 class _TrainImages(Dataset):
     def __init__(self, config: RunConfig, split: Split):
-        self._split, self._seed = split, config.seed
-        self._transform = train_transform(config.augment, config.data)
+        self._split, self._seed, self._size = split, config.seed, config.data.image_size
+        self._transform, self._erase_prob = train_transform(config.augment, config.data), config.augment.erase_prob
         # A random crop comes before its resizing, and makes no image larger than it is.
         self._resized = eval_resize(config.data) if config.augment.scale is None else None
 
@@ -140,22 +165,29 @@ class _TrainImages(Dataset):
         epoch, index = epoch_and_index
         bad = None
         try:
-            image = _read(self._split, index, self._resized)
+            pixels = self._augmented(index, epoch, index)
         except Unreadable as error:
-            image, bad = self._substitute(index, error)
-        seeded(self._seed, _AUGMENT, epoch, index)
-        return self._transform(image), int(self._split.labels[index]), index, bad
+            pixels, bad = self._substitute(epoch, index, error)
+        box = erased_box(self._size, self._erase_prob)
+        erased = Erased(box, key(self._seed, _ERASE, epoch, index) if box.height else 0)
+        return _Sample(pixels, int(self._split.labels[index]), index, erased, bad)
 
-    def _substitute(self, index: int, error: Unreadable) -> tuple[Image.Image, BadImage]:
-        """Read another image of the class: the first readable one of a permutation keyed by the seed and the index."""
+    def _augmented(self, read: int, epoch: int, index: int) -> Pixels:
+        """Read an image and augment it as `index` is in that epoch."""
+        picture = _opened(self._split, read, self._resized)
+        seeded(self._seed, _AUGMENT, epoch, index)
+        return self._transform(picture)
+
+    def _substitute(self, epoch: int, index: int, error: Unreadable) -> tuple[Pixels, BadImage]:
+        """Take another image of the class: the first readable one of a permutation keyed by the seed and the index."""
         others = np.flatnonzero(self._split.labels == self._split.labels[index])
         order = np.random.Generator(np.random.Philox(key(self._seed, _SUBSTITUTE, index))).permutation(others)
         for other in map(int, order[order != index]):
             try:
-                image = _read(self._split, other, self._resized)
+                pixels = self._augmented(other, epoch, index)
             except Unreadable:
                 continue
-            return image, BadImage(error.path, error.why, self._split.paths[other])
+            return pixels, BadImage(error.path, error.why, self._split.paths[other])
         raise UserError(
             f"{self._split.class_folder(index)}: no image of this class can be read, {error.path} for one "
             f"({error.why}); mend them"
@@ -171,31 +203,43 @@ class _ValImages(Dataset):
 
     def __getitem__(self, index: int) -> _Sample:
         try:
-            image = _read(self._split, index, self._resized)
+            pixels = self._transform(_opened(self._split, index, self._resized))
         except Unreadable as error:
             raise UserError(str(error)) from None
-        return self._transform(image), int(self._split.labels[index]), index, None
+        return _Sample(pixels, int(self._split.labels[index]), index)
 
 
-def _read(split: Split, index: int, resized: int | None) -> Image.Image:
-    """Read an image; refuse one so long that bringing its short side to `resized` pixels would make a bomb of it."""
-    image = split.image(index)
-    if resized is not None and resized**2 * max(image.size) > MOST_PIXELS * min(image.size):
-        raise Unreadable(split.paths[index], f"{image.width}×{image.height} pixels are too long to be resized")
-    return image
+def _opened(split: Split, index: int, resized: int | None) -> Picture:
+    """Open an image; refuse one so long that bringing its short side to `resized` pixels would make a bomb of it."""
+    picture = split.picture(index)
+    sides = picture.height, picture.width
+    if resized is not None and resized**2 * max(sides) > MOST_PIXELS * min(sides):
+        raise Unreadable(split.paths[index], f"{picture.width}×{picture.height} pixels are too long to be resized")
+    return picture
 
 
 def _collate(samples: list[_Sample]) -> _Loaded:
-    images, labels, indices = default_collate([sample[:3] for sample in samples])
-    return images, labels, indices, {index: bad for _, _, index, bad in samples if bad is not None}
+    # In a loader process this stacks them in memory that it shares with the rank.
+    images = default_collate([torch.from_numpy(sample.pixels) for sample in samples])
+    labels, indices = (torch.tensor(numbers) for numbers in zip(*(sample[1:3] for sample in samples), strict=True))
+    erased = torch.tensor([(*sample.erased.box, sample.erased.key) for sample in samples])
+    return _Loaded(images, labels, indices, erased, {one.number: one.bad for one in samples if one.bad is not None})
 
 
-def _loader(images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int) -> DataLoader:
+def _ready_batches(batch: int, size: int, workers: int) -> int:
+    """Return how many batches each loader process prepares ahead, by the bytes that they take."""
+    return max(_FEWEST_READY, min(_MOST_READY, _READY_BYTES // (batch * size * size * 3 * max(1, workers))))
+
+
+def _loader(
+    images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int, ready: int
+) -> DataLoader:
     return DataLoader(
         images,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any iterable of lists of keys will do
         collate_fn=_collate,
         num_workers=workers,
+        prefetch_factor=ready if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
@@ -205,18 +249,50 @@ def _loader(images: Dataset, batches: Iterable[Sequence[object]], device: torch.
     )
 
 
-def _mixed(
+def _finished(
     config: RunConfig, num_classes: int, share: RankShare, device: torch.device, loaded: Iterator[_Loaded]
 ) -> Iterator[Batch]:
-    mix = mixer(config.augment, num_classes)
-    for count, (images, labels, indices, bad) in enumerate(_readable(loaded)):
+    finish, augment = Finish(config.data, config.augment.erase_mode, device), config.augment
+    draw = mixing_drawer(augment, num_classes, config.data.image_size)
+    for count, (images, labels, indices, erased, bad) in enumerate(_on_device(_readable(loaded), device)):
         step, micro = divmod(count, share.accumulation)
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         seeded(config.seed, _MIX, share.first_step + step, share.offset(micro))
-        targets = labels
-        if mix is not None:
-            images, targets = mix(images, labels)
-        yield Batch(images, targets, indices, bad)
+        mixing, targets = Mixing(), labels
+        if draw is not None:
+            mixing = draw()
+            targets = mixed_targets(labels, mixing, num_classes, augment.smoothing)
+        yield Batch(finish(images, erased, mixing), targets, indices, bad)
+
+
+def _on_device(loaded: Iterator[_Loaded], device: torch.device) -> Iterator[_Loaded]:
+    """Copy batches to a GPU on a stream of their own, one ahead of the one that is handed over."""
+    if device.type != "cuda":
+        yield from loaded
+        return
+    side = torch.cuda.Stream(device)
+
+    def copied(batch: _Loaded) -> tuple[_Loaded, torch.cuda.Event]:
+        is_there = torch.cuda.Event()
+        # The memory that it goes to may be another batch's, still being read.
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            there = batch.tensors_to(device)
+        is_there.record(side)
+        return there, is_there
+
+    def handed(batch: _Loaded, event: torch.cuda.Event) -> _Loaded:
+        torch.cuda.current_stream(device).wait_event(event)
+        for tensor in batch[:4]:
+            tensor.record_stream(torch.cuda.current_stream(device))
+        return batch
+
+    ahead = None
+    for batch in loaded:
+        ahead, current = copied(batch), ahead
+        if current is not None:
+            yield handed(*current)
+    if ahead is not None:
+        yield handed(*ahead)
 
 
 def _start_worker(_: int) -> None:

@@ -1,25 +1,34 @@
-"""One image file → an RGB image, or why there is none.
+"""The bytes of an image file → an RGB image, or why there is none.
 
 Always three channels of eight bits: alpha and transparency are dropped, and the EXIF orientation is not applied, as in
 torchvision and timm. Of an animation it is the first frame. The content tells the format, not the name.
+
+A plain JPEG goes through the fastest decoder there is, anything else through Pillow, and so does a JPEG that the fast
+one complains of: Pillow's verdict counts. All of them are libjpeg-turbo, and give the same pixels to the bit.
 """
 
+import contextlib
 import errno
 import functools
+import importlib.util
+import io
 import os
 import stat
 import time
 import warnings
 from collections.abc import Sequence
-from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from dytrun.errors import first_line
+from dytrun.pixels import Pixels
 
 MOST_PIXELS = 89_478_485
 """Larger images are refused unread: Pillow's limit, from which on it warns."""
+# No image of so many pixels needs more bytes, at 16 bits a channel and nothing compressed.
+_MOST_BYTES = 8 * MOST_PIXELS
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 # Before a file that cannot be got at is tried again: enough for a server that takes its time, not for one that is gone.
 _WAITS_S = (0.1, 0.4, 1.6)
@@ -27,6 +36,11 @@ _WAITS_S = (0.1, 0.4, 1.6)
 _FINAL = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 # So many files in a row that stayed away: it is the disk that is gone, and waiting for each of them would take hours.
 _PATIENT_WITH = 3
+# A JPEG that is whole has its end marker there. Within coded data these two bytes do not occur.
+_END, _END_WITHIN = b"\xff\xd9", 1024
+
+Content = bytes | memoryview | UInt8[np.ndarray, "..."]
+"""Of a file; or pixels (H, W) or (H, W, 3) of an image that is in memory."""
 
 
 class Unreadable(Exception):
@@ -40,74 +54,141 @@ class Unreadable(Exception):
 
 
 class ImageFiles:
-    """Index → image, from a list of files; a file that cannot be got at is tried again for some seconds."""
+    """Index → the bytes of a file; one that cannot be got at is tried again for some seconds."""
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths
         self._given_up: set[int] = set()
         self._in_a_row = 0
 
-    def __call__(self, index: int) -> Image.Image:
-        """Read an image.
+    def __call__(self, index: int) -> bytes:
+        """Read a file.
 
         Raises:
-            Unreadable: it is none, or stayed away.
+            Unreadable: it stayed away, is no file, or too large for an image.
         """
         # A file that was waited for in vain is tried once in each later epoch: what is read depends on the file alone.
         is_patient = self._in_a_row < _PATIENT_WITH and index not in self._given_up
         try:
-            image = read_image(self._paths[index], _WAITS_S if is_patient else ())
+            content = _read(self._paths[index], _WAITS_S if is_patient else ())
         except Unreadable as error:
             if error.stayed_away:
                 self._given_up.add(index)
                 self._in_a_row += 1
             raise
         self._in_a_row = 0
-        return image
+        return content
 
 
-def read_image(path: str, waits_s: Sequence[float] = _WAITS_S) -> Image.Image:
-    """Read a file as an RGB image.
+class Picture:
+    """An image that is open: its size is known, its pixels are decoded when they are asked for."""
 
-    Args:
-        path: of a regular file.
-        waits_s: seconds before each further try, where the file could not be got at (no such file, input or output
-            error, too many open files, …). A content that is no image is not tried again.
+    def __init__(self, content: Content, path: str):
+        """Open an image; `path` is what an error calls it.
 
-    Raises:
-        Unreadable: truncated, empty, no image, more than `MOST_PIXELS`, of unknown range, not there, not permitted, …
-    """
-    _heed_warnings()
+        Raises:
+            Unreadable: empty, no image, more than `MOST_PIXELS`, of unknown range, truncated (found here or later).
+        """
+        self._content, self._path = content, path
+        self._pixels: Pixels | None = None
+        size = None
+        if isinstance(content, np.ndarray):
+            self._pixels = content if content.ndim == 3 else np.repeat(content[..., None], 3, axis=2)
+        else:
+            size = _plain_jpeg_size(content)
+            if size is None:
+                self._pixels = _by_pillow(content, path)
+        self.height, self.width = size or self._pixels.shape[:2]  # pyright: ignore[reportOptionalMemberAccess]
+
+    def pixels(self) -> Pixels:
+        """Return the whole image.
+
+        Raises:
+            Unreadable: the content is damaged.
+        """
+        if self._pixels is None:
+            assert not isinstance(self._content, np.ndarray)
+            self._pixels = _decoded(self._content, self._path)
+        return self._pixels
+
+
+@functools.cache
+def decoder() -> str:
+    """Name what decodes a plain JPEG here: simplejpeg, OpenCV where that is missing, Pillow where both are."""
+    if importlib.util.find_spec("simplejpeg"):
+        return "simplejpeg"
+    return "opencv" if importlib.util.find_spec("cv2") else "pillow"
+
+
+def _read(path: str, waits_s: Sequence[float]) -> bytes:
+    """Read a file; wait some seconds before each further try, where it could not be got at."""
     waits = list(waits_s)
     while True:
         try:
-            return _decoded(path)
+            with open(path, "rb", opener=_open_at_once) as file:
+                facts = os.fstat(file.fileno())
+                if not stat.S_ISREG(facts.st_mode):
+                    raise Unreadable(path, "no regular file")
+                if facts.st_size > _MOST_BYTES:
+                    raise Unreadable(path, f"{facts.st_size} bytes are too many for an image")
+                return file.read()
         except OSError as error:
             if error.errno in _FINAL or not waits:
                 raise Unreadable(path, error.strerror or first_line(error), error.errno not in _FINAL) from None
             time.sleep(waits.pop(0))
 
 
-def _decoded(path: str) -> Image.Image:
-    """Decode a file; an OSError is one of the file system, never of the content."""
-    with open(path, "rb", opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Unreadable(path, "no regular file")
-        try:
-            with Image.open(file, formats=_FORMATS) as image:
-                return _rgb(image)
-        except MemoryError:
-            raise  # a limit on pixels was kept, so it is the machine that is ill
-        except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise Unreadable(path, _why(error, file)) from None
+def _plain_jpeg_size(content: bytes | memoryview) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG that the fast decoder can be given, from its header."""
+    if bytes(content[:3]) != b"\xff\xd8\xff" or _END not in bytes(content[-_END_WITHIN:]):
+        return None
+    try:
+        if decoder() == "simplejpeg":
+            import simplejpeg
+
+            *size, colors, _ = simplejpeg.decode_jpeg_header(content)
+            height, width = map(int, size)
+            is_plain = colors in ("YCbCr", "Gray")
+        else:
+            with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+                width, height = image.size
+                is_plain = image.mode in ("RGB", "L") and decoder() != "pillow"
+    except Exception:  # it is not plain then; what it is, is for Pillow to say
+        return None
+    return (height, width) if is_plain and 0 < height * width <= MOST_PIXELS else None
 
 
-def _why(error: Exception, file: BinaryIO) -> str:
+def _decoded(content: bytes | memoryview, path: str) -> Pixels:
+    if decoder() == "simplejpeg":
+        import simplejpeg
+
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(content, "RGB")
+    else:
+        import cv2
+
+        cv2.setNumThreads(0)
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        if pixels is not None:
+            return pixels
+    return _by_pillow(content, path)
+
+
+def _by_pillow(content: bytes | memoryview, path: str) -> Pixels:
+    _heed_warnings()
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            return np.asarray(_rgb(image))
+    except MemoryError:
+        raise  # a limit on pixels was kept, so it is the machine that is ill
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
+        raise Unreadable(path, _why(error, len(content))) from None
+
+
+def _why(error: Exception, num_bytes: int) -> str:
     if isinstance(error, UnidentifiedImageError):
-        is_empty = os.fstat(file.fileno()).st_size == 0
-        return "the file is empty" if is_empty else f"its content is none of {', '.join(_FORMATS)}"
+        return "the file is empty" if num_bytes == 0 else f"its content is none of {', '.join(_FORMATS)}"
     return first_line(error)
 
 

@@ -11,12 +11,11 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 from torchvision import datasets
 
 from dytrun.config import DataConfig
 from dytrun.errors import UserError
-from dytrun.images import ImageFiles
+from dytrun.images import Content, ImageFiles, Picture
 
 _SYNTHETIC_POOL = 16
 # Files of a split whose sizes go into the fingerprint: to ask for those of a million takes minutes on some disks.
@@ -27,8 +26,8 @@ class Split(NamedTuple):
     """Images that can be asked for by index, with their labels."""
 
     labels: Int[np.ndarray, "n"]
-    image: Callable[[int], Image.Image]
-    """Index → RGB image; raises Unreadable where a file gives none."""
+    read: Callable[[int], Content]
+    """Index → content; raises Unreadable where a file cannot be read."""
     paths: Sequence[str] = ()
     """Of the files, if the images are in files."""
     folder: str = ""
@@ -37,7 +36,15 @@ class Split(NamedTuple):
     def part(self, chosen: Int[np.ndarray, "k"]) -> "Split":
         """Return some of the images, by their indices, in that order."""
         paths = [self.paths[int(index)] for index in chosen] if self.paths else []
-        return Split(self.labels[chosen], lambda index: self.image(int(chosen[index])), paths, self.folder)
+        return Split(self.labels[chosen], lambda index: self.read(int(chosen[index])), paths, self.folder)
+
+    def picture(self, index: int) -> Picture:
+        """Open an image.
+
+        Raises:
+            Unreadable: a file cannot be read, or its content is no image.
+        """
+        return Picture(self.read(index), self.paths[index] if self.paths else "")
 
     def class_folder(self, index: int) -> str:
         """Return the class folder of an image that is in a file."""
@@ -101,8 +108,8 @@ def _names_digest(split: Split) -> str:
 
 
 def _contents_digest(split: Split) -> str:
-    if isinstance(split.image, _ArrayImages):
-        return _digest(repr(split.image.pixels.shape).encode(), np.ascontiguousarray(split.image.pixels).tobytes())
+    if isinstance(split.read, _ArrayImages):
+        return _digest(repr(split.read.pixels.shape).encode(), np.ascontiguousarray(split.read.pixels).tobytes())
     num = min(len(split.paths), _SIZES)
     return _digest(repr([_size(split.paths[i * len(split.paths) // num]) for i in range(num)]).encode())
 
@@ -127,8 +134,8 @@ class _ArrayImages(NamedTuple):
 
     pixels: np.ndarray
 
-    def __call__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index % len(self.pixels)]).convert("RGB")
+    def __call__(self, index: int) -> Content:
+        return self.pixels[index % len(self.pixels)]
 
 
 def _class_folders(data: DataConfig) -> tuple[Split, Split, int]:

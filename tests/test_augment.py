@@ -1,38 +1,45 @@
-"""Augmentation: timm's own transforms are the oracle, the same seed must give the same pixels."""
+"""Augmentation: timm's own transforms are the oracle. The same seed must give the same pixels, to the bit."""
 
+import io
 import random
 
 import numpy as np
 import pytest
+import timm.data.auto_augment as timm_auto_augment
 import torch
 from conftest import config_of
 from PIL import Image
+from scipy import stats
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from dytrun.augment import eval_transform, key, mixer, posterize, seeded, train_transform
+from dytrun.augment import NOWHERE, erased_box, eval_transform, key, random_box, seeded, train_transform
+from dytrun.images import Picture
+from dytrun.rand_augment import _OPERATIONS, Canvas
+
+DRAWS = 10_000
 
 
-def photo(width: int = 320, height: int = 240) -> Image.Image:
+def photo(width: int = 320, height: int = 240) -> np.ndarray:
     """A smooth coloured picture, so that interpolation and colour operations have something to do."""
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 255 / width, y * 255 / height, 127 + 100 * np.sin(x / 15) * np.cos(y / 11)], axis=-1)
-    return Image.fromarray(pixels.astype(np.uint8))
+    return pixels.astype(np.uint8)
 
 
-def test_the_papers_training_transform_is_timms_bit_for_bit(monkeypatch):
-    # timm's own policy crashes on Pillow 13 where it asks for 0 bits; there the oracle gets the mended operation.
-    monkeypatch.setattr("timm.data.auto_augment.ImageOps.posterize", lambda image, bits: posterize_oracle(image, bits))
-    config = config_of()
-    ours = train_transform(config.augment, config.data)
-    oracle = create_transform(
-        224, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
-        re_prob=0.25, re_mode="pixel", re_count=1, mean=config.data.mean, std=config.data.std,
-    )  # fmt: skip
-    for seed in range(150):
-        seeded(seed)
-        got = ours(photo())
-        seeded(seed)
-        assert torch.equal(got, oracle(photo())), f"seed {seed}"
+def jpeg(pixels: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+PHOTOS = [jpeg(photo(*size)) for size in ((320, 240), (500, 375), (375, 500), (224, 224), (90, 300), (100, 60))]
+
+
+def of_timm(content: bytes, transform: object) -> np.ndarray:
+    """What timm makes of a file: opened by Pillow, and as its loader has it, in 8 bits."""
+    return np.asarray(transform(Image.open(io.BytesIO(content)).convert("RGB"))).transpose(1, 2, 0)
 
 
 def posterize_oracle(image: Image.Image, bits: int) -> Image.Image:
@@ -40,51 +47,208 @@ def posterize_oracle(image: Image.Image, bits: int) -> Image.Image:
     return Image.fromarray(np.asarray(image) & np.uint8(mask & 255))
 
 
-@pytest.mark.parametrize("bits", range(9))
-def test_posterize_keeps_the_highest_bits_and_none_is_black(bits):
-    assert np.array_equal(np.asarray(posterize(photo(), bits)), np.asarray(posterize_oracle(photo(), bits)))
+@pytest.fixture
+def mended_timm(monkeypatch):
+    """timm's own policy crashes on Pillow 13 where it asks for 0 bits; there the oracle gets the mended operation."""
+    monkeypatch.setattr("timm.data.auto_augment.ImageOps.posterize", posterize_oracle)
 
 
-def test_the_papers_augmentation_survives_the_strongest_posterize():
-    config = config_of()
-    transform = train_transform(config.augment, config.data)
-    policy = next(step for step in transform.transforms if hasattr(step, "ops"))
-    op = next(op for op in policy.ops if op.name == "PosterizeIncreasing")
-    op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0
-    assert not np.asarray(op(photo())).any()
+RECIPES = {
+    "paper": ((), {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}),
+    "any filter": (
+        ("augment.rand_augment=rand-m7-n3-mstd1-inc0", "augment.interpolation=random"),
+        {"auto_augment": "rand-m7-n3-mstd1-inc0", "interpolation": "random"},
+    ),
+    "bilinear": (
+        ("augment.rand_augment=rand-m9-p1.0-inc1", "augment.interpolation=bilinear"),
+        {"auto_augment": "rand-m9-p1.0-inc1", "interpolation": "bilinear"},
+    ),
+    "colour jitter": (
+        ("augment.rand_augment=null", "augment.color_jitter=0.4"),
+        {"color_jitter": 0.4, "interpolation": "bicubic"},
+    ),
+    "crop and flip": (
+        ("augment.rand_augment=null", "augment.color_jitter=0", "augment.scale=[0.6,1]", "augment.ratio=[0.8,1.25]"),
+        {"color_jitter": 0, "scale": (0.6, 1.0), "ratio": (0.8, 1.25), "interpolation": "bicubic"},
+    ),
+}
 
 
-def test_light_augmentation_of_small_images_is_timms_too():
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_training_image_is_timms_bit_for_bit(mended_timm, recipe):
+    overrides, arguments = RECIPES[recipe]
+    config = config_of(*overrides)
+    ours = train_transform(config.augment, config.data)
+    oracle = create_transform(224, is_training=True, use_prefetcher=True, mean=config.data.mean, **arguments)
+    for seed in range(200):
+        content = PHOTOS[seed % len(PHOTOS)]
+        seeded(seed)
+        got = ours(Picture(content, ""))
+        seeded(seed)
+        assert np.array_equal(got, of_timm(content, oracle)), f"seed {seed}"
+
+
+def test_small_images_too(mended_timm):
     config = config_of("data=cifar10", "augment=light", "augment.color_jitter=0.3")
     ours = train_transform(config.augment, config.data)
     oracle = create_transform(
         32, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25), color_jitter=0.3, interpolation="bicubic",
-        mean=config.data.mean, std=config.data.std,
+        use_prefetcher=True,
     )  # fmt: skip
-    for seed in range(20):
+    small = photo(32, 32)
+    for seed in range(50):
         seeded(seed)
-        got = ours(photo(32, 32))
+        got = ours(Picture(small, ""))
         seeded(seed)
-        assert torch.equal(got, oracle(photo(32, 32)))
+        assert np.array_equal(got, np.asarray(oracle(Image.fromarray(small))).transpose(1, 2, 0))
 
 
-def test_evaluation_resizes_to_256_and_crops_224():
+@pytest.mark.parametrize("name", sorted(_OPERATIONS))
+@pytest.mark.parametrize("level", [0, 0.1, 3.3, 9, 10])
+def test_each_operation_of_rand_augment_is_timms_bit_for_bit(mended_timm, name, level):
+    hparams = {"translate_const": 100, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
+    names = [name, f"{name}Increasing"] if f"{name}Increasing" in timm_auto_augment.NAME_TO_OP else [name]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    flat, narrow = np.full((16, 16, 3), 7, np.uint8), (photo(120, 90) // 4 + 60).astype(np.uint8)
+    for operation in names:
+        op = timm_auto_augment.AugmentOp(operation, prob=1.0, magnitude=level, hparams=hparams)
+        for seed, pixels in enumerate((photo(), noise, flat, narrow)):
+            random.seed(seed)
+            expected = np.asarray(op(Image.fromarray(pixels)))
+            random.seed(seed)
+            mine = timm_auto_augment.AugmentOp(operation, prob=1.0, magnitude=level, hparams=hparams)
+            mine.aug_fn = _OPERATIONS[name]
+            assert np.array_equal(mine(Canvas(pixels)).finished(), expected), (operation, seed)
+
+
+def test_tables_are_composed_and_give_what_one_after_the_other_gives():
+    pixels = photo()
+    composed, stepwise = Canvas(pixels), Canvas(pixels)
+    for name, arguments in (("Posterize", (3,)), ("Invert", ()), ("SolarizeAdd", (40,)), ("Brightness", (1.7,))):
+        composed = _OPERATIONS[name](composed, *arguments)
+        stepwise = Canvas(_OPERATIONS[name](stepwise, *arguments).finished())
+    assert np.array_equal(composed.finished(), stepwise.finished())
+
+
+def test_the_strongest_posterize_gives_black():
+    assert not _OPERATIONS["Posterize"](Canvas(photo()), 0).finished().any()
+
+
+def of_operations(draw) -> tuple[list[str], list[float]]:
+    """The operations that `draw` applies in many images, and the strengths at which it does."""
+    names, levels = [], []
+    for seed in range(DRAWS):
+        seeded(seed)
+        for name, arguments in draw():
+            names.append(name)
+            levels += [arguments[0]] if name == "Rotate" else []
+    return names, levels
+
+
+def test_operations_and_strengths_are_distributed_as_timms(monkeypatch):
+    """Over other seeds than timm's, so that it is the distribution that is compared, not the same numbers again."""
     config = config_of()
-    oracle = create_transform(224, interpolation="bicubic", crop_pct=224 / 256)
-    assert torch.equal(eval_transform(config.data)(photo()), oracle(photo()))
+    seen: list = []
+    for name in _OPERATIONS:
+        monkeypatch.setitem(
+            _OPERATIONS, name, lambda canvas, *arguments, name=name, **_: seen.append((name, arguments)) or canvas
+        )
+    ours = train_transform(config.augment, config.data)
+    picture = Picture(photo(32, 32), "")
+
+    def mine() -> list:
+        seen.clear()
+        ours(picture)
+        return list(seen)
+
+    def timms() -> list:
+        seen.clear()
+        oracle(object())
+        return list(seen)
+
+    oracle = timm_auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 100})
+    for op in oracle.ops:
+        plain = op.name.removesuffix("Increasing")
+        op.aug_fn = lambda image, *arguments, plain=plain, **_: seen.append((plain, arguments)) or image
+    (names, levels), (other_names, other_levels) = of_operations(mine), of_operations(lambda: shifted(timms))
+    table = [[found.count(name) for name in sorted(_OPERATIONS)] for found in (names, other_names)]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+    assert stats.ks_2samp(levels, other_levels).pvalue > 1e-3
+    # Two operations an image, each with probability one half.
+    assert stats.binomtest(len(names), 2 * DRAWS, 0.5).pvalue > 1e-3
+
+
+def shifted(draw):
+    """Draw from generators that stand elsewhere than ours do at the same seed."""
+    seeded(random.getrandbits(30), 1)
+    return draw()
+
+
+def test_crops_are_distributed_as_timms():
+    image, scale, ratio = Image.new("RGB", (500, 375)), (0.08, 1.0), (3 / 4, 4 / 3)
+    seeded(1)
+    ours = np.array([random_box(375, 500, scale, ratio) for _ in range(DRAWS)])
+    seeded(2)
+    timms = np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(DRAWS)])
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], timms[:, column]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 90), (30, 2000), (1, 1)])
+def test_a_crop_is_timms_for_every_seed(size):
+    image = Image.new("RGB", size[::-1])
+    for seed in range(300):
+        seeded(seed)
+        got = random_box(*size, (0.3, 1.0), (0.75, 1.3333))
+        seeded(seed)
+        assert got == RandomResizedCropAndInterpolation.get_params(image, (0.3, 1.0), (0.75, 1.3333))
+
+
+def timms_erasure(size: int, probability: float) -> tuple[int, int, int, int]:
+    image = torch.zeros(1, size, size)
+    RandomErasing(probability, mode="pixel", max_count=1, device="cpu")(image)
+    where = np.argwhere(image[0].numpy() != 0)
+    if not len(where):
+        return NOWHERE
+    (top, left), (bottom, right) = where.min(0), where.max(0)
+    return int(top), int(left), int(bottom - top + 1), int(right - left + 1)
+
+
+def test_erased_boxes_are_timms_for_every_seed_and_in_distribution():
+    for seed in range(400):
+        seeded(seed)
+        got = erased_box(64, 0.5)
+        seeded(seed)
+        assert got == timms_erasure(64, 0.5)
+    seeded(1)
+    ours = np.array([erased_box(224, 0.25) for _ in range(DRAWS)])
+    seeded(2)
+    timms = np.array([timms_erasure(224, 0.25) for _ in range(DRAWS)])
+    counts = [(found[:, 2] > 0).sum() for found in (ours, timms)]
+    assert stats.chi2_contingency([counts, [DRAWS - count for count in counts]]).pvalue > 1e-3
+    assert stats.binomtest(int(counts[0]), DRAWS, 0.25).pvalue > 1e-3
+    for column in range(4):
+        assert stats.ks_2samp(*(found[found[:, 2] > 0][:, column] for found in (ours, timms))).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("content", PHOTOS, ids=range(len(PHOTOS)))
+def test_evaluation_resizes_to_256_and_crops_224(content):
+    oracle = create_transform(224, interpolation="bicubic", crop_pct=224 / 256, use_prefetcher=True)
+    assert np.array_equal(eval_transform(config_of().data)(Picture(content, "")), of_timm(content, oracle))
 
 
 def test_large_evaluation_images_are_warped_whole():
-    config = config_of("data.image_size=384")
-    expected = photo().resize((384, 384), Image.Resampling.BICUBIC)
-    got = eval_transform(config.data)(photo())
-    red = got[0] * 0.229 + 0.485
-    assert torch.allclose(red, torch.from_numpy(np.asarray(expected)[..., 0].copy()) / 255, atol=1e-6)
+    expected = Image.fromarray(photo()).resize((384, 384), Image.Resampling.BICUBIC)
+    got = eval_transform(config_of("data.image_size=384").data)(Picture(photo(), ""))
+    assert np.array_equal(got, np.asarray(expected))
 
 
 def test_no_augmentation_is_the_evaluation_transform():
     config = config_of("augment=none")
-    assert torch.equal(train_transform(config.augment, config.data)(photo()), eval_transform(config.data)(photo()))
+    picture = Picture(photo(), "")
+    assert np.array_equal(
+        train_transform(config.augment, config.data)(picture), eval_transform(config.data)(picture)
+    )  # fmt: skip
 
 
 def test_keys_are_unrelated_and_seed_every_global_generator():
@@ -93,37 +257,3 @@ def test_keys_are_unrelated_and_seed_every_global_generator():
     first = random.random(), np.random.rand(), torch.rand(1).item()
     seeded(1, 2, 3)
     assert first == (random.random(), np.random.rand(), torch.rand(1).item())
-
-
-def test_mixup_by_hand():
-    config = config_of("augment.mixup=1.0", "augment.cutmix=0", "augment.smoothing=0.1")
-    mix = mixer(config.augment, 4)
-    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 3])
-    seeded(5)
-    lam = None
-    np.random.rand()
-    lam = np.random.beta(1.0, 1.0)
-    seeded(5)
-    mixed, targets = mix(images.clone(), labels)
-    torch.testing.assert_close(mixed, lam * images + (1 - lam) * images.flip(0))
-    # Smoothing 0.1 over 4 classes: 0.925 on the label, 0.025 elsewhere.
-    first = torch.tensor([0.925, 0.025, 0.025, 0.025])
-    second = torch.tensor([0.025, 0.025, 0.025, 0.925])
-    torch.testing.assert_close(
-        targets, torch.stack([lam * first + (1 - lam) * second, lam * second + (1 - lam) * first])
-    )
-
-
-def test_cutmix_targets_follow_the_area():
-    config = config_of("augment.mixup=0", "augment.cutmix=1.0", "augment.smoothing=0")
-    mix = mixer(config.augment, 2)
-    for seed in range(10):
-        images = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
-        seeded(seed)
-        mixed, targets = mix(images, torch.tensor([0, 1]))
-        assert targets[0, 1].item() == pytest.approx(mixed[0].mean().item(), abs=1e-6)
-
-
-def test_without_mixing_there_is_no_mixer():
-    assert mixer(config_of("augment.mixup=0", "augment.cutmix=0").augment, 10) is None
-    assert mixer(config_of("augment.mix_prob=0").augment, 10) is None

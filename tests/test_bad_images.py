@@ -25,7 +25,7 @@ from dytrun.batch import BadImage, Batch
 from dytrun.config import RunConfig
 from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.errors import UserError
-from dytrun.images import Unreadable, _heed_warnings, read_image
+from dytrun.images import ImageFiles, Picture, Unreadable, _heed_warnings
 from dytrun.sources import Data, load_data
 
 CPU = torch.device("cpu")
@@ -89,20 +89,24 @@ def _as_in_a_process_of_its_own():
     _heed_warnings.cache_clear()
 
 
+def pixels_of(path: Path) -> np.ndarray:
+    return Picture(ImageFiles([str(path)])(0), str(path)).pixels()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["x.JPEG", "x.png"])
 def test_every_kind_of_image_has_three_channels_of_eight_bits(tmp_path, kind, name):
     content, size, first, last = KINDS[kind]
     (tmp_path / name).write_bytes(content)
-    image = read_image(str(tmp_path / name))
-    pixels = np.asarray(image)
-    assert (image.mode, image.size, pixels[0, 0].tolist(), pixels[-1, -1].tolist()) == ("RGB", size, first, last)
+    pixels = pixels_of(tmp_path / name)
+    assert (pixels.shape, pixels.dtype) == ((size[1], size[0], 3), np.uint8)
+    assert (pixels[0, 0].tolist(), pixels[-1, -1].tolist()) == (first, last)
 
 
 def test_an_image_turned_by_exif_is_read_as_it_is_stored(tmp_path):
     for orientation in (1, 6):
         (tmp_path / f"{orientation}.jpg").write_bytes(turned(orientation))
-    plain, other = (np.asarray(read_image(str(tmp_path / f"{orientation}.jpg"))) for orientation in (1, 6))
+    plain, other = (pixels_of(tmp_path / f"{orientation}.jpg") for orientation in (1, 6))
     assert np.array_equal(plain, other)
 
 
@@ -128,7 +132,7 @@ def test_what_is_no_image_is_refused_at_once(tmp_path, kind):
     (tmp_path / "x.jpg").write_bytes(content)
     begun = time.monotonic()
     with pytest.raises(Unreadable) as caught:
-        read_image(str(tmp_path / "x.jpg"))
+        pixels_of(tmp_path / "x.jpg")
     assert why in caught.value.why
     assert not caught.value.stayed_away
     assert str(caught.value) == (
@@ -152,7 +156,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, open_tree, as_nobody):
     begun = time.monotonic()
     for path, why in reasons.items():
         with as_nobody() if path == closed else open(os.devnull), pytest.raises(Unreadable) as caught:
-            read_image(str(path))
+            pixels_of(path)
         assert caught.value.why == why
     assert time.monotonic() - begun < 1
 
@@ -166,24 +170,25 @@ def test_a_bomb_takes_no_memory_and_nothing_is_printed(tmp_path):
     (tmp_path / "header.jpg").write_bytes(JPEG[:200])
     code = (
         "import resource\n"
-        "from dytrun.images import Unreadable, read_image\n"
-        "print(read_image('exif.jpg').size)\n"
+        "from dytrun.images import ImageFiles, Picture, Unreadable\n"
+        "def shape(path): return Picture(ImageFiles([path])(0), path).pixels().shape\n"
+        "print(shape('exif.jpg'))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for name in ('bomb.png', 'header.jpg'):\n"
-        "    try: read_image(name)\n"
+        "    try: shape(name)\n"
         "    except Unreadable as error: print(error.why)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2000)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     said = done.stdout.splitlines()
-    assert (said[0], said[2:], done.stderr) == ("(48, 40)", ["Truncated File Read", "True"], "")
+    assert (said[0], said[2:], done.stderr) == ("(40, 48, 3)", ["Truncated File Read", "True"], "")
     assert said[1].startswith("Image size (89491600 pixels) exceeds limit of 89478485 pixels")
 
 
 def test_a_file_that_comes_back_is_waited_for(tmp_path):
     path = tmp_path / "late.jpg"
     threading.Timer(0.3, lambda: path.write_bytes(JPEG)).start()
-    assert read_image(str(path)).size == (48, 40)
+    assert pixels_of(path).shape == (40, 48, 3)
 
 
 def test_a_file_that_stays_away_is_waited_for_once(tmp_path):
@@ -201,14 +206,14 @@ def test_a_file_that_stays_away_is_waited_for_once(tmp_path):
     def seconds(index: int) -> float:
         begun = time.monotonic()
         with pytest.raises(Unreadable, match=r"\(Input/output error\)"):
-            data.train.image(index)
+            data.train.picture(index)
         return time.monotonic() - begun
 
     assert seconds(1) > 2.1
     assert seconds(1) < 1
     assert seconds(2) > 2.1
     assert seconds(3) < 1  # three times in a row: it is the disk
-    assert data.train.image(0).size == (48, 40)
+    assert data.train.picture(0).pixels().shape == (40, 48, 3)
     assert seconds(4) > 2.1  # it is there again
 
 

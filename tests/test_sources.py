@@ -29,10 +29,10 @@ def test_the_digits_are_1797_real_images_split_by_a_fixed_rule():
     data = load_data(config_of("data=digits").data)
     assert (len(data.train.labels), len(data.val.labels), data.num_classes) == (1437, 360, 10)
     assert np.bincount(data.val.labels).tolist() == [42, 28, 26, 48, 38, 39, 30, 26, 36, 47]
-    first = data.val.image(0)
-    assert (first.size, first.mode, data.val.labels[0]) == ((8, 8), "RGB", 0)
+    first = data.val.picture(0).pixels()
+    assert (first.shape, first.dtype, data.val.labels[0]) == ((8, 8, 3), np.uint8, 0)
     # The first row of the first image of the UCI set: 0 0 5 13 9 1 0 0, of 16.
-    assert np.asarray(first)[0, :, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]
+    assert first[0, :, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]
 
 
 def test_a_class_folder_tree(image_tree):
@@ -40,7 +40,7 @@ def test_a_class_folder_tree(image_tree):
     data = load_data(config_of("data=folder", f"data.root={root}").data)
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
     assert data.val.labels.tolist() == [0, 1, 1]
-    assert data.train.image(4).size == (48, 40)
+    assert data.train.picture(4).pixels().shape == (40, 48, 3)
 
 
 def test_classes_that_differ_between_train_and_val_are_listed(image_tree):
@@ -84,7 +84,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_cut_off(image_tree):
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(ramp).save(root / "train" / "cat" / "1.png")
     data = load_data(config_of("data=folder", f"data.root={root}").data)
-    got = np.asarray(data.train.image(1))
+    got = data.train.picture(1).pixels()
     assert got.shape == (16, 16, 3)
     assert np.array_equal(got[..., 0].ravel(), np.arange(256))
 
@@ -100,7 +100,7 @@ def test_fashion_mnist_from_its_idx_files(tmp_path):
         (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
     data = load_data(config_of("data=fashion_mnist", f"data.root={tmp_path}").data)
     assert (len(data.train.labels), data.val.labels.tolist()) == (12, [0, 1, 2, 3, 4])
-    assert np.array_equal(np.asarray(data.val.image(4))[..., 1], images[4])
+    assert np.array_equal(data.val.picture(4).pixels()[..., 1], images[4])
 
 
 def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     data = load_data(config_of("data=cifar10", f"data.root={tmp_path}").data)
     assert (len(data.train.labels), len(data.val.labels), data.num_classes) == (20, 4, 10)
     assert data.val.labels.tolist() == [0, 1, 2, 9]
-    assert np.array_equal(np.asarray(data.val.image(3))[..., 0].ravel(), rows[3][:1024])
+    assert np.array_equal(data.val.picture(3).pixels()[..., 0].ravel(), rows[3][:1024])
 
 
 def test_images_are_listed_as_torchvision_lists_them(image_tree):

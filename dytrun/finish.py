@@ -1,0 +1,188 @@
+"""What happens to a batch on its device: 8 bits become normalised floats, boxes are erased, images are mixed.
+
+On a GPU it is one compiled function, which reads the 8-bit images once. On a CPU it is done in place, and only where
+a box is. Both draw the same noise: a function of an image's key and of the place in the image, so that neither the
+device nor the split into batches changes it.
+
+Axes: B batch, C channel, H height, W width, K class.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from timm.data import Mixup
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from dytrun import pixels as ops
+from dytrun.augment import NOWHERE, Box
+from dytrun.config import AugmentConfig, DataConfig
+from dytrun.errors import first_line
+
+# SplitMix64 (Steele, Lea and Flood, 2014): its increment and its two multipliers, as signed numbers.
+_STEP, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+class Erased(NamedTuple):
+    """Which part of an image is erased, and the key of what stands there instead."""
+
+    box: Box = NOWHERE
+    key: int = 0
+
+
+class Mixing(NamedTuple):
+    """How the images of a micro-batch are mixed with those of the batch in reverse."""
+
+    lam: float = 1.0
+    """Share of the image itself in its target, and in each pixel where none is cut out."""
+    cut: Box | None = None
+    """The part that comes from the other image whole; None blends both everywhere."""
+
+
+class Finish:
+    """8-bit images (B, H, W, C) of a micro-batch → normalised and mixed images (B, C, H, W), on the device."""
+
+    def __init__(self, data: DataConfig, erase_mode: str, device: torch.device):
+        """Take the mean and standard deviation of `data`; `erase_mode` is "pixel", "rand" or "const"."""
+        self._mean, self._std, self._device = data.mean, data.std, device
+        self._mode = erase_mode
+        self._fused: Callable[..., Tensor] | None = None
+        if device.type == "cuda":
+            self._on_device = [torch.tensor(value, device=device).view(-1, 1, 1) for value in (data.mean, data.std)]
+            self._fused = torch.compile(fused, dynamic=False)  # a batch of another size is compiled anew
+
+    def __call__(
+        self, images: UInt8[Tensor, "b h w c"], erased: Int[Tensor, "b 5"] | None = None, mixing: Mixing | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Finish a batch; `erased` has a row of box and key for each image."""
+        mixing = mixing or Mixing()
+        if self._fused is not None:
+            return self._by_device(images, erased, mixing)
+        return self._in_place(images, erased, mixing)
+
+    def _by_device(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
+        assert self._fused is not None
+        # As a tensor: a number would be compiled in, anew for each batch.
+        numbers = torch.tensor(
+            [mixing.lam, *NOWHERE] if mixing.cut is None else [1.0, *mixing.cut], pin_memory=True
+        ).to(self._device, non_blocking=True)
+        arguments = images, self._on_device, erased, numbers, self._mode
+        try:
+            return self._fused(*arguments)
+        except TorchDynamoException as error:
+            warnings.warn(f"batches are finished by single operators: {first_line(error)}", stacklevel=1)
+            self._fused = fused
+            return fused(*arguments)
+
+    def _in_place(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
+        number, height, width, channels = images.shape
+        out = torch.empty(number, channels, height, width)
+        ops.normalised(images.numpy(), self._mean, self._std, out.numpy())
+        if erased is not None:
+            places = _places(self._mode, (channels, height, width), images.device)
+            for image, (top, left, box_height, box_width, key) in zip(out, erased.tolist(), strict=True):
+                if box_height:
+                    box = (slice(None), slice(top, top + box_height), slice(left, left + box_width))
+                    image[box] = _filling(torch.tensor(key), places[box], self._mode)
+        if mixing.cut is not None:
+            top, left, box_height, box_width = mixing.cut
+            box = (..., slice(top, top + box_height), slice(left, left + box_width))
+            out[box] = out.flip(0)[box]
+        elif mixing.lam != 1:
+            other = out.flip(0).mul_(1 - mixing.lam)
+            out.mul_(mixing.lam).add_(other)
+        return out
+
+
+def mixing_drawer(augment: AugmentConfig, num_classes: int, size: int) -> Callable[[], Mixing] | None:
+    """Make the function that draws how a micro-batch is mixed, or None where nothing mixes.
+
+    timm's Mixup in its batch mode, as the reference uses it: one lambda a micro-batch, partner = the batch reversed.
+    It draws from NumPy's global generator.
+    """
+    if not augment.mixes:
+        return None
+    timm_mix = Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch_prob,
+        label_smoothing=augment.smoothing,
+        num_classes=num_classes,
+    )
+
+    def draw() -> Mixing:
+        lam, is_cut = timm_mix._params_per_batch()
+        if not is_cut or lam == 1:
+            return Mixing(lam)
+        (top, bottom, left, right), lam = cutmix_bbox_and_lam((size, size), lam)
+        return Mixing(float(lam), Box(int(top), int(left), int(bottom - top), int(right - left)))
+
+    return draw
+
+
+def mixed_targets(labels: Int[Tensor, "b"], mixing: Mixing, num_classes: int, smoothing: float) -> Float[Tensor, "b k"]:
+    """Return the soft targets of a mixed micro-batch."""
+    return mixup_target(labels, num_classes, mixing.lam, smoothing)
+
+
+def fused(
+    images: UInt8[Tensor, "b h w c"],
+    statistics: Sequence[Float[Tensor, "c 1 1"]],
+    erased: Int[Tensor, "b 5"] | None,
+    mixing: Float[Tensor, "5"],
+    mode: str,
+) -> Float[Tensor, "b c h w"]:
+    """Normalise, erase and mix in whole tensors, as one kernel when it is compiled.
+
+    `statistics` are mean and standard deviation; `mixing` is the share of the image itself, and the box that comes
+    from the other one whole.
+    """
+    mean, std = statistics
+    out = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    if erased is not None:
+        key = erased[:, 4].view(-1, 1, 1, 1)
+        filling = _filling(key, _places(mode, out.shape[1:], out.device), mode)
+        out = torch.where(_inside(erased[:, :4].unbind(1), out), filling, out)
+    other, share = out.flip(0), mixing[0]
+    return torch.where(_inside(mixing[1:].unbind(), out), other, out * share + other * (1 - share))
+
+
+def _inside(box: Sequence[Tensor], images: Tensor) -> Tensor:
+    """Return where (B or 1, 1, H, W) a pixel is in a box, given as tensors (B,) or of no dimension."""
+    top, left, height, width = (side.reshape(-1, 1, 1, 1) for side in box)
+    rows = torch.arange(images.shape[2], device=images.device).view(-1, 1)
+    columns = torch.arange(images.shape[3], device=images.device)
+    return (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+
+
+def _places(mode: str, shape: Sequence[int], device: torch.device) -> Int[Tensor, "c h w"]:
+    """Number the places of an image that get a number of their own: each pixel and channel, or each channel."""
+    channels, height, width = shape
+    if mode == "pixel":
+        return torch.arange(channels * height * width, device=device).view(channels, height, width)
+    return torch.arange(channels, device=device).view(-1, 1, 1).expand(channels, height, width)
+
+
+def _filling(key: Tensor, places: Tensor, mode: str) -> Tensor:
+    return torch.zeros((), device=places.device) if mode == "const" else noise(key, places)
+
+
+def noise(key: Int[Tensor, "..."], places: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return standard normal numbers, each a function of a key and a place: SplitMix64, then Box and Muller."""
+    bits = key + (places + 1) * _STEP
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    bits = bits ^ _shifted(bits, 31)
+    radius, angle = (_shifted(bits, 40) + 1) * 2.0**-24, (bits & 0xFFFFFF) * 2.0**-24
+    return torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Shift to the right, zeros coming in."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
