@@ -11,7 +11,6 @@ import gzip
 import io
 import os
 import posixpath
-import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -196,9 +195,9 @@ def _val_labels(root: Path, given: str | None) -> dict[str, str]:
     path = paths[0]
     try:
         return _of_devkit(path) if path.name.endswith((".tar.gz", ".tgz")) else _of_csv(path)
-    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, _Broken, tarfile.TarError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error) as error:
         raise UserError(f"val_labels: {path} cannot be read ({first_line(error)}); give the devkit's tar, or a CSV of "
-                        "file and class")  # fmt: skip
+                        "file and class") from None  # fmt: skip
 
 
 def _of_csv(path: Path) -> dict[str, str]:
@@ -207,7 +206,7 @@ def _of_csv(path: Path) -> dict[str, str]:
         raise ValueError("too large")
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row]
-    if rows and rows[0][0].strip() == "ImageId" or (rows and not _stem(rows[0][0])[-1:].isdigit()):
+    if rows and not _stem(rows[0][0].strip())[-1:].isdigit():  # the columns' names
         rows = rows[1:]
     return {_stem(row[0].strip()): row[1].split()[0] for row in rows}
 

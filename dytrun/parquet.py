@@ -7,9 +7,9 @@ that of the class folders. Rows lie in no order of classes, so they are read row
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,16 @@ class _Group(NamedTuple):
     number: int
     first: int
     end: int
+
+
+class _Columns(NamedTuple):
+    """What is known of a split without its images."""
+
+    paths: list[str]
+    labels: np.ndarray
+    groups: list[_Group]
+    classes: list[str] | None
+    """Their names, where `datasets` has noted them."""
 
 
 class _Groups:
@@ -65,29 +75,29 @@ def list_parquet(found: Mapping[str, Sequence[Path]]) -> tuple[list[str], dict[s
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UserError("source: parquet files want a package that is not here; pip install 'dytrun[parquet]'") from None
+        raise UserError("source: parquet files want pyarrow; it is missing; pip install 'dytrun[parquet]'") from None
     columns = {split: _columns(files) for split, files in found.items()}
-    schema_names = [names for _, _, _, names in columns.values() if names]
-    num = len(schema_names[0]) if schema_names else 1 + max(int(labels.max()) for _, labels, _, _ in columns.values())
-    for split, (_, labels, _, _) in columns.items():
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= num:
+    classes = next((one.classes for one in columns.values() if one.classes), None)
+    num = len(classes) if classes else 1 + max(int(one.labels.max(initial=0)) for one in columns.values())
+    for split, one in columns.items():
+        if len(one.labels) == 0 or one.labels.min() < 0 or one.labels.max() >= num:
             raise UserError(f"source: {split} has a label that is no class (or no row); there are {num} classes")
-    classes = schema_names[0] if schema_names else [f"{place:0{len(str(num - 1))}d}" for place in range(num)]
+    classes = classes or [f"{place:0{len(str(num - 1))}d}" for place in range(num)]
     classes = [name.replace("/", "_").replace("\0", "_") for name in classes]
     if len(set(classes)) < num or not all(name.strip(".") for name in classes):
         raise UserError(f"source: class names that are the same, or empty ({shortened(sorted(classes))}); mend them")
-    paths = {split: list(one[0]) for split, one in columns.items()}
-    if wnids := _imagenet_classes({split: (paths[split], columns[split][1]) for split in columns}, num):
+    if wnids := _imagenet_classes(columns.values(), num):
         classes = wnids
-        paths = {split: [_IMAGENET.sub(r"\1\3", path) for path in names] for split, names in paths.items()}
-    return classes, {split: _listing(paths[split], columns[split], classes) for split in columns}
+        columns = {split: one._replace(paths=[_IMAGENET.sub(r"\1\3", path) for path in one.paths])
+                   for split, one in columns.items()}  # fmt: skip
+    return classes, {split: _listing(one, classes) for split, one in columns.items()}
 
 
-def _imagenet_classes(rows: Mapping[str, tuple[list[str], np.ndarray]], num: int) -> list[str] | None:
+def _imagenet_classes(splits: Iterable[_Columns], num: int) -> list[str] | None:
     """Return the classes' names if every path ends in its own, and their order is that of the labels."""
     of_label: dict[int, str] = {}
-    for paths, labels in rows.values():
-        for path, label in zip(paths, labels.tolist(), strict=True):
+    for one in splits:
+        for path, label in zip(one.paths, one.labels.tolist(), strict=True):
             match = _IMAGENET.fullmatch(path)
             if match is None or of_label.setdefault(label, match[2]) != match[2]:
                 return None
@@ -95,9 +105,9 @@ def _imagenet_classes(rows: Mapping[str, tuple[list[str], np.ndarray]], num: int
     return found if all(found) and found == sorted(set(found)) else None
 
 
-def _listing(paths: Sequence[str], columns: tuple[Any, np.ndarray, list[_Group], Any], classes: Sequence[str]) -> Listing:
-    _, labels, groups, _ = columns
-    names = [f"{classes[label]}/{path}" for path, label in zip(paths, labels.tolist(), strict=True)]
+def _listing(one: _Columns, classes: Sequence[str]) -> Listing:
+    labels, groups = one.labels, one.groups
+    names = [f"{classes[label]}/{path}" for path, label in zip(one.paths, labels.tolist(), strict=True)]
     sizes = np.zeros(len(names), dtype=np.int64)
     for group in groups:
         sizes[group.first : group.end] = _group_bytes(group) // max(1, group.end - group.first)
@@ -105,7 +115,7 @@ def _listing(paths: Sequence[str], columns: tuple[Any, np.ndarray, list[_Group],
     return Listing(names, labels, sizes, False, cuts, _Groups(groups))
 
 
-def _columns(files: Sequence[Path]) -> tuple[list[str], np.ndarray, list[_Group], list[str] | None]:
+def _columns(files: Sequence[Path]) -> _Columns:
     """Read names, labels, row groups and the names of the classes; nothing of the images."""
     import pyarrow
     from pyarrow import parquet
@@ -135,7 +145,7 @@ def _columns(files: Sequence[Path]) -> tuple[list[str], np.ndarray, list[_Group]
         raise UserError(f"{files[0].parent}: has rows whose label is missing or no number; mend them")
     digits = len(str(len(paths)))
     told = [_file_name(path) or f"{row:0{digits}d}" for row, path in enumerate(paths)]
-    return told, np.array(labels, dtype=np.int64), [group for group in groups if group.end > group.first], names
+    return _Columns(told, np.array(labels, dtype=np.int64), [one for one in groups if one.end > one.first], names)
 
 
 def _file_name(path: str | None) -> str:

@@ -9,10 +9,9 @@ its XXH3 of 64 bits (xxhash.com), the length included; that of a whole file, for
 """
 
 import hashlib
-import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +23,7 @@ from dytrun.config import Slug
 from dytrun.errors import UserError, first_line
 from dytrun.folders import names_digest
 from dytrun.norm_config import STRICT, Count
+from dytrun.seal import unsealed
 
 FORMAT = 1
 MANIFEST, UNFINISHED, SHARD = "pack.json", ".packing", ".shard"
@@ -155,6 +155,8 @@ class PackedImages:
             UserError: it is not as it was packed.
         """
         check, offset, length, shard, _ = self._records[index].item()
+        if length == 0:  # and its shard perhaps empty, which cannot be mapped
+            return b""
         mapped = self._mapped(shard)
         if mapped.size() < offset + length:  # to touch what has been cut off would end the process
             raise UserError(f"{self._shard(shard)}: too short; {self._advice}")
@@ -255,8 +257,8 @@ def open_pack(path: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise UserError(f"{manifest}: {_reason(error)}; pack it again") from None
     if values.get("format") != FORMAT:
-        raise UserError(f"{manifest}: format {values.get('format')!r}, and this dytrun reads {FORMAT}; take the version "
-                        "that has made it, or pack it again")  # fmt: skip
+        raise UserError(f"{manifest}: format {values.get('format')!r}, and this dytrun reads {FORMAT}; take the "
+                        "version that has made it, or pack it again")  # fmt: skip
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
@@ -298,29 +300,6 @@ def verify(path: Path, manifest: Manifest, report: Callable[[int, int], None]) -
 def shard_path(pack: Path, split: str, number: int) -> Path:
     """Return where a shard lies."""
     return pack / f"{split}-{number:05d}{SHARD}"
-
-
-def sealed(values: Mapping[str, Any]) -> bytes:
-    """Return plain values as JSON that carries its own SHA-256."""
-    digest = hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
-    return (json.dumps({"sha256": digest, **values}, indent=1) + "\n").encode()
-
-
-def unsealed(raw: bytes) -> dict[str, Any]:
-    """Return the values of `sealed`.
-
-    Raises:
-        ValueError: it is another file, or a damaged one.
-    """
-    try:
-        values = json.loads(raw)
-        values.pop("sha256")
-        is_whole = sealed(values) == raw
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        is_whole, values = False, {}
-    if not is_whole:
-        raise ValueError("it is damaged: it does not have its own digest")
-    return values
 
 
 def _checked(path: Path, entry: PackFile) -> bytes:
