@@ -68,6 +68,8 @@ def _of_folder(one: folders.Listed) -> Listing:
     try:
         sizes = np.array([os.stat(path).st_size for path in one.paths], dtype=np.int64)
     except OSError as error:
-        raise UserError(f"source: {error.filename} cannot be read ({error.strerror or first_line(error)}); mend or remove it") from None
+        raise UserError(
+            f"source: {error.filename} cannot be read ({error.strerror or first_line(error)}); mend or remove it"
+        ) from None
     names = [path[start:] for path in one.paths]
     return Listing(names, one.labels, sizes, True, np.arange(1, len(names) + 1), _Files(one.paths))

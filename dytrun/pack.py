@@ -193,9 +193,7 @@ def _in_words(key: str, there: Any, here: Any) -> str:
     return f"{key} {there} -> {here}"
 
 
-def _make(
-    config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listings: Mapping[str, Listing]
-) -> Manifest:
+def _make(config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listings: Mapping[str, Listing]) -> Manifest:
     """Write what is missing: shards, then the indices, then pack.json."""
     out = Path(config.out)
     plan = hashlib.sha256(sealed(made_from.model_dump(mode="json"))).hexdigest()
