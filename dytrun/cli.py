@@ -71,11 +71,11 @@ def _main(args: list[str]) -> int:
         args = ["bench", *args]
     verb, *rest = args
     if verb not in COMMANDS:
-        _refuse_word(verb, list(COMMANDS), "dytrun")
+        _refuse_word(verb, list(COMMANDS), [*COMMANDS, *(f"data {word}" for word in DATA)])
     if verb == "data" and rest[:1] not in ([], ["--help"], ["-h"]):
         word, *rest = rest
         if word not in DATA:
-            _refuse_word(word, list(DATA), "dytrun data")
+            _refuse_word(word, list(DATA), list(DATA))
         verb = f"data {word}"
     if verb == "data" and not rest:
         raise UserError(f"dytrun data: do what? say {' or '.join(f'dytrun data {word}' for word in DATA)}")
@@ -102,11 +102,10 @@ def _main(args: list[str]) -> int:
     }[verb](rest)  # fmt: skip
 
 
-def _refuse_word(word: str, known: list[str], command: str) -> NoReturn:
+def _refuse_word(word: str, known: list[str], meant: list[str]) -> NoReturn:
     from dytrun.validation import near
 
-    said = near(word, known) or ";"
-    raise UserError(f"'{word}' is no command{said} the commands of {command} are {', '.join(known)}")
+    raise UserError(f"'{word}' is no command{near(word, meant) or ';'} the commands are {', '.join(known)}")
 
 
 def _train(args: list[str]) -> int:
@@ -313,9 +312,9 @@ def _complete(args: list[str]) -> int:
             print(" ".join(DATA))
             return DONE
         verb = f"data {words[2]}"
-        line = re.sub(r"\s+data\s+", " data ", line, count=1)
-    if verb in COMMANDS or verb.removeprefix("data ") in DATA:
-        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)
-        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    if verb in COMMANDS or verb in {f"data {word}" for word in DATA}:
+        # Without the command, and without the directory behind it, which Hydra would take for a wrong override.
+        line = re.sub(rf"^(\S+)\s+{verb.replace(' ', chr(92) + 's+')}(\s+[^\s=-][^\s=]*(?=\s))?", r"\1", line)
+        os.environ["COMP_LINE"], os.environ["COMP_POINT"] = line, str(len(line))
         return _show(verb, args)
     return DONE

@@ -127,7 +127,7 @@ def _shard_bytes(config: PackConfig, listings: Mapping[str, Listing]) -> int:
     found = max(1, int(config.shard_mib * 2**20))
     if total // found > _MOST_SHARDS:
         raise UserError(f"shard_mib: {config.shard_mib:g} would make {total // found:,} files, and {_MOST_SHARDS} are "
-                        f"the most; say {total / _MOST_SHARDS / 2**20:.0f} or more")  # fmt: skip
+                        f"the most; say {1.01 * total / _MOST_SHARDS / 2**20:.3g} or more")  # fmt: skip
     return found
 
 
@@ -209,7 +209,7 @@ def _make(config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listi
     if unreadable and not config.keep_unreadable:
         said = folders.shortened([f"{name} ({why})" for name, why in unreadable], 3)
         raise UserError(f"source: {len(unreadable)} of {total:,} images cannot be read as images: {said}; mend them "
-                        "and pack into a new directory, or say keep_unreadable=true to pack them as they are")  # fmt: skip
+                        "and pack into a new directory, or keep them as they are: keep_unreadable=true")  # fmt: skip
     packed, sources = {}, {}
     for split, one in listings.items():
         mine = [(task, note) for task, note in zip(tasks, notes, strict=True) if task.split == split]
