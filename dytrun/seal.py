@@ -5,11 +5,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_SEAL = "sealed_by"
+
 
 def sealed(values: Mapping[str, Any]) -> bytes:
     """Return plain values as JSON that carries its own SHA-256."""
+    assert _SEAL not in values
     digest = hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
-    return (json.dumps({"sha256": digest, **values}, indent=1) + "\n").encode()
+    return (json.dumps({_SEAL: digest} | dict(values), indent=1) + "\n").encode()
 
 
 def unsealed(raw: bytes) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def unsealed(raw: bytes) -> dict[str, Any]:
     """
     try:
         values = json.loads(raw)
-        values.pop("sha256")
+        values.pop(_SEAL)
         is_whole = sealed(values) == raw
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_whole, values = False, {}
