@@ -236,7 +236,7 @@ class PackedImages:
 
 def is_pack(path: Path) -> bool:
     """Say whether a directory is a pack, or was to become one."""
-    return (path / MANIFEST).exists() or (path / UNFINISHED).exists() or any(path.glob(f"*{SHARD}"))
+    return any(os.path.exists(path / name) for name in (MANIFEST, UNFINISHED)) or any(path.glob(f"*{SHARD}"))
 
 
 def open_pack(path: Path) -> Manifest:

@@ -39,7 +39,11 @@ def images(train: int, val: int) -> dict[str, bytes]:
         for label, name in enumerate(CLASSES):
             for place in range(count):
                 number += 1
-                file = f"{name}_{place * 7}.JPEG" if split == "train" else f"ILSVRC2012_val_{3 * place + label + 1:08d}.JPEG"
+                file = (
+                    f"{name}_{place * 7}.JPEG"
+                    if split == "train"
+                    else f"ILSVRC2012_val_{3 * place + label + 1:08d}.JPEG"
+                )
                 size = (90 + 37 * (number % 5), 60 + 23 * (number % 7))
                 found[f"{split}/{name}/{file}"] = jpeg(number, size)
     return found

@@ -1,16 +1,11 @@
 """The pixels of both implementations against Pillow's own functions, bit for bit, over many sizes, matrices, factors."""
 
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
-from torchvision import transforms
+from PIL import Image
 
 from dytrun import pixels
 
