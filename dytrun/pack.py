@@ -46,7 +46,9 @@ from dytrun.shards import (
 _LOCK, _PLAN = ".lock", "plan.json"
 _QUALITY = 95
 # Shards of a pack are open files of every process that reads it, and a process may have 1,024 of those by default.
-_USUAL_SHARD, _USUAL_SHARDS, _MOST_SHARDS = 256 << 20, 256, 512
+_USUAL_SHARDS, _MOST_SHARDS = 256, 512
+# A process writes a whole one: there are enough for all cores, and one that was interrupted is soon written again.
+_SMALL_SHARD, _USUAL_SHARD, _SHARDS_OF_SMALL = 16 << 20, 256 << 20, 32
 # A packer that was killed holds its lock until its processes have noticed.
 _TRIES, _TRY_S = 30, 0.1
 
@@ -123,7 +125,7 @@ def _listing_digest(one: Listing, classes: Sequence[str]) -> str:
 def _shard_bytes(config: PackConfig, listings: Mapping[str, Listing]) -> int:
     total = sum(int(one.sizes.sum()) for one in listings.values())
     if config.shard_mib == "auto":
-        return max(_USUAL_SHARD, -(-total // _USUAL_SHARDS))
+        return max(_SMALL_SHARD, min(_USUAL_SHARD, total // _SHARDS_OF_SMALL), total // _USUAL_SHARDS)
     found = max(1, int(config.shard_mib * 2**20))
     if total // found > _MOST_SHARDS:
         raise UserError(f"shard_mib: {config.shard_mib:g} would make {total // found:,} files, and {_MOST_SHARDS} are "
