@@ -216,6 +216,7 @@ def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict
         "device": machine.device_name(place.device),
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,
+        "data_pack": data.pack or None,
         "versions": versions(),
         "commit": commit,
         "dirty": dirty,

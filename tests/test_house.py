@@ -20,12 +20,15 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "stop", "task", "usage", "validation"},
-    "compose": {"bench_config", "config", "errors", "guard", "hydra_settings", "usage", "validation"},
+    "compose": {"bench_config", "config", "errors", "guard", "hydra_settings", "pack_config", "usage", "validation"},
     "task": {"commands", "compose", "errors", "launch", "ranks", "records", "stop", "terminal"},
     "board": {"task", "terminal"},
     "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
-    "commands": {"bench", "bench_config", "config", "launch", "owner", "records", "report", "task", "terminal"},
+    "commands": {
+        "bench", "bench_config", "config", "errors", "launch", "owner", "pack", "pack_config", "records", "report",
+        "shards", "task", "terminal",
+    },
     "usage": set(),
     "config": {"digest", "norm_config"},
     "norm_config": set(),
@@ -94,7 +97,16 @@ MAY_IMPORT = {
     "batch": set(),
     "data": {"config", "augment", "batch", "finish", "images", "pixels", "sources", "errors", "stop"},
     "images": {"errors", "pixels"},
-    "sources": {"config", "images", "errors"},
+    "sources": {"config", "errors", "folders", "images", "shards"},
+    "folders": {"errors", "images"},
+    "seal": set(),
+    "shards": {"config", "errors", "folders", "norm_config", "seal"},
+    "pack_config": {"config", "norm_config"},
+    "intake": {"archives", "errors", "folders", "images", "pack_config", "parquet", "terminal"},
+    "pack": {"errors", "folders", "intake", "pack_config", "packers", "records", "seal", "shards", "terminal"},
+    "packers": {"errors", "folders", "images", "pixels", "records", "seal", "shards", "stop"},
+    "archives": {"errors", "folders", "images"},
+    "parquet": {"errors", "folders", "images"},
     "augment": {"config", "images", "pixels", "rand_augment"},
     "rand_augment": {"pixels"},
     "finish": {"augment", "config", "errors", "pixels"},
@@ -130,6 +142,7 @@ ONLY_IN = {
     "submitit": {"launch", "slurm"},
     "wandb": {"wandb_link"},
     "triton": {"curves", "kernels"},
+    "pyarrow": {"parquet"},
 }
 WITHOUT_TORCH = {
     "cli",
@@ -160,6 +173,16 @@ WITHOUT_TORCH = {
     "journal",
     "tracking",
     "wandb_link",
+    "images",
+    "folders",
+    "seal",
+    "shards",
+    "pack_config",
+    "pack",
+    "packers",
+    "archives",
+    "intake",
+    "parquet",
     "pixels",
     "native",
 }
@@ -262,7 +285,7 @@ def test_every_key_of_the_configuration_is_read_somewhere():
 def test_the_configuration_types_hold_no_values():
     trees = [
         ast.parse((PACKAGE / name).read_text())
-        for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py")
+        for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py", "pack_config.py")
     ]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "BaseModel" for base in node.bases):
