@@ -3,6 +3,7 @@
 Nothing heavy is imported before a configuration is composed and valid.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -55,7 +56,20 @@ def main() -> int:
         return DONE
     except KeyboardInterrupt:
         print("dytrun: stopped", file=sys.stderr)
-        return stop.STOPPED
+        _leave(stop.STOPPED)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit now, after what is registered for the end.
+
+    Where an interrupt has come within an exec() (of a namedtuple, of an import), CPython run by `-m` would kill itself
+    by SIGINT at its end, although the interrupt was caught, and the exit code would be another.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _main(args: list[str]) -> int:
