@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "norm_config": set(),
     "bench_config": {"config", "norm_config"},
     "bench": {
-        "bench_config", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine", "paired",
+        "bench_config", "bench_data", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine", "paired",
         "records", "wandb_link",
     },
     "bench_norm": {"bench_config", "errors", "model", "norm", "paired", "records", "timing"},
@@ -43,6 +43,12 @@ MAY_IMPORT = {
         "arm", "bench_config", "bench_model", "checkpoint", "compute", "config", "distributed", "engine", "model",
         "norm", "optim", "paired", "records", "state", "throughput", "timing", "tracking",
     },
+    "bench_data": {
+        "augment", "batch", "bench_config", "bench_model", "bench_trainer", "config", "data", "errors", "images",
+        "loader_arm", "machine", "paired", "pixels", "records", "sources", "timing", "timm_loader",
+    },
+    "loader_arm": {"timing"},
+    "timm_loader": {"config", "data", "errors", "sources"},
     "bench_stack": {"bench_config", "errors", "llama", "model", "paired", "records", "timing"},
     "llama": {"norm"},
     "paired": set(),
