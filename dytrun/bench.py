@@ -23,7 +23,8 @@ def run(config: BenchConfig, say: Callable[[str], None]) -> Found:
     Raises:
         UserError: an arm is not to be had here, or a shape does not fit it.
     """
-    from dytrun import bench_data, bench_model, bench_norm, bench_stack, bench_trainer  # each takes its own libraries along
+    # Each takes its own libraries along.
+    from dytrun import bench_data, bench_model, bench_norm, bench_stack, bench_trainer
 
     devices, _ = machine.resolve_devices(config.run.machine.devices)
     device = torch.device("cpu") if devices is None else torch.device("cuda", devices[0])

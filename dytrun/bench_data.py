@@ -1,6 +1,6 @@
 """`bench=data`: what each stage of a training image takes, what the loader gives, and whether that feeds the model.
 
-The stages are timed image by image on one core, in this process. The loader is the one of `dytrun train`: finished
+The loader is the one of `dytrun train`: finished
 batches on the device. Beside it stands timm's, if that is asked for, in turn; and the model's training step on images
 that are on the device already, which says how many of them a device could take.
 """
@@ -12,22 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dytrun import bench_model, bench_trainer, images, machine, paired, pixels, timing, timm_loader
-from dytrun.augment import seeded, train_transform
+from dytrun import bench_model, bench_stages, bench_trainer, machine, paired, timing, timm_loader
 from dytrun.batch import Batch
 from dytrun.bench_config import BenchConfig
 from dytrun.config import RunConfig
-from dytrun.data import RankShare, TrainImages, train_batches
+from dytrun.data import RankShare, train_batches
 from dytrun.errors import UserError
-from dytrun.images import Picture, Unreadable
 from dytrun.loader_arm import LoaderArm
 from dytrun.records import Found, Table
-from dytrun.sources import Data, Split, load_data
+from dytrun.sources import Data, load_data
 
 _OURS, _TIMM = "dytrun", "timm"
-_READ, _DECODE, _CROP, _AUGMENT, _WHOLE = STAGES = ("read", "decode", "crop and resize", "augment", "all of it")
-# Images of a round of stages, evenly spread over the split.
-_STAGE_IMAGES = 64
 _FOREVER = 10**9  # steps; the loader does not end while it is measured
 _STEP_ROUNDS, _STEP_MS = 5, 500.0
 
@@ -80,15 +75,14 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     if bench.peer is not None:
         timm_loader.check(run, batch)
     data = _loaded(run)
-    say(f"{data.num_classes:,} classes, {len(data.train.labels):,} training images; {_about_path(data.train)}")
-    stage_ms = _stages(run, data.train, bench.rounds)
+    say(f"{data.num_classes:,} classes, {len(data.train.labels):,} training images")
+    stages = bench_stages.measure(run, data.train, bench.rounds)
     rates, peer = _loaders(config, data, device, say)
-    tables = [_stage_table(stage_ms, data.train, bench.rounds), _loader_table(rates, config, device, peer)]
+    tables = [*stages.tables, _loader_table(rates, config, device, peer)]
     values: dict[str, Any] = {
         "data": {"name": run.data.name, "root": run.data.root, "num_train": len(data.train.labels)},
         "recipe": run.augment.model_dump(mode="json"), "image_size": run.data.image_size, "batch": batch,
-        "decoder": _decoder(data.train), "pixels": pixels.implementation(), "peer": peer,
-        "stages_ms": dict(zip(STAGES, stage_ms.T.tolist(), strict=True)),
+        "peer": peer, **stages.values,
         "loaders": [{"loader": one.loader, "workers": one.workers, "images_per_s": one.images_per_s.tolist(),
                      "cpu_s_per_image": one.cpu_s.tolist()} for one in rates],
     }  # fmt: skip
@@ -99,14 +93,15 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
         best = max((one for one in rates if one.loader == _OURS), key=lambda one: one.workers)
         fed = Fed(best.per_core, machine.cores(), float(np.median(per_s)), devices)
         tables.append(_fed_table(fed, run, device, (step_batch, best.workers)))
-        values |= {"step_batch": step_batch, "step_images_per_s": per_s.tolist(), "fed": {
-            **fed._asdict(), "share": fed.share, "cores_needed": fed.cores_needed, "verdict": verdict(fed)}}  # fmt: skip
+        said = {"share": fed.share, "cores_needed": fed.cores_needed, "verdict": verdict(fed)}
+        values |= {"step_batch": step_batch, "step_images_per_s": per_s.tolist(), "fed": fed._asdict() | said}
     return Found(tables, values)
 
 
 def verdict(fed: Fed) -> str:
     """Say in a sentence which of the two waits for the other."""
-    needed = f"{fed.cores_needed:,.1f} cores are needed, {fed.cores} are here"
+    cores = f"{fed.cores_needed:,.1f}" if fed.cores_needed >= 0.1 else f"{fed.cores_needed:.1g}"
+    needed = f"{cores} cores are needed, {fed.cores} are here"
     if fed.share < 1:
         return f"data-bound: the cores load {fed.share:.2f} of the images that the model could take; {needed}"
     return f"compute-bound: the cores could load {fed.share:.1f} times the images that the model takes; {needed}"
@@ -142,73 +137,6 @@ def _loaded(run: RunConfig) -> Data:
         raise
 
 
-def _is_in_memory(split: Split) -> bool:
-    return not split.paths
-
-
-def _decoder(split: Split) -> str | None:
-    return None if _is_in_memory(split) else images.decoder()
-
-
-def _about_path(split: Split) -> str:
-    decoded = "images in memory, nothing to decode" if _is_in_memory(split) else f"JPEG by {images.decoder()}"
-    return f"{decoded}; crop, resize and augment: {pixels.implementation()}"
-
-
-def _stages(run: RunConfig, split: Split, rounds: int) -> np.ndarray:
-    """Time each stage of some images; return milliseconds an image, (rounds, stages).
-
-    The crop is timed alone and with what follows it, by the same draws; what follows is the difference.
-    """
-    chosen = _readable(split)
-    whole, augmented = TrainImages(run, split), train_transform(run.augment, run.data)
-    nothing_else = run.augment.model_copy(update={"hflip": 0.0, "rand_augment": None, "color_jitter": 0.0})
-    cropped = train_transform(nothing_else, run.data)
-    found = np.empty((rounds, len(chosen), len(STAGES)))
-    for epoch in range(rounds):
-        for place, index in enumerate(chosen):
-            path = split.paths[index] if split.paths else ""
-
-            def parts(mark: Callable[[], None], epoch: int = epoch, index: int = index, path: str = path) -> None:
-                mark()
-                content = split.read(index)
-                mark()
-                decoded = Picture(content, path).pixels()
-                mark()
-                cropped(Picture(decoded, path))
-                mark()
-                seeded(run.seed, epoch, index)
-                augmented(Picture(decoded, path))
-                mark()
-                whole[epoch, index]
-                mark()
-
-            seeded(run.seed, epoch, index)
-            found[epoch, place] = timing.spans_ms(torch.device("cpu"), parts, 1)[0]
-    means = found.mean(axis=1)
-    means[:, STAGES.index(_AUGMENT)] -= means[:, STAGES.index(_CROP)]
-    return means
-
-
-def _readable(split: Split) -> list[int]:
-    """Choose images, and read each once, so that it is memory that they are read from afterwards.
-
-    Raises:
-        UserError: none can be read.
-    """
-    num, found, problem = len(split.labels), [], ""
-    for place in range(min(num, _STAGE_IMAGES)):
-        index = place * num // min(num, _STAGE_IMAGES)
-        try:
-            split.picture(index).pixels()
-            found.append(index)
-        except Unreadable as error:
-            problem = str(error)
-    if not found:
-        raise UserError(problem)
-    return found
-
-
 def _loaders(
     config: BenchConfig, data: Data, device: torch.device, say: Callable[[str], None]
 ) -> tuple[list[_Rates], dict[str, Any] | None]:
@@ -236,7 +164,8 @@ def _loaders(
     rates = [_Rates(*name, *values.T) for name, values in zip(names, found, strict=True)]
     if files is None:
         return rates, None
-    return rates, {"name": _TIMM, "reads": files.reads, "num_train": files.num, "transform": files.transform}
+    about = {"name": _TIMM, "reads": files.reads, "num_train": files.num, "transform": files.transform}
+    return rates, about | {"differs": files.num != len(data.train.labels)}
 
 
 def _our_batches(run: RunConfig, data: Data, sizes: tuple[int, int], device: torch.device) -> Iterator[Batch]:
@@ -272,22 +201,6 @@ def _step(config: BenchConfig, num_classes: int, device: torch.device) -> tuple[
     return size, 1e3 * size / np.array([steps(count) for _ in range(_STEP_ROUNDS)])
 
 
-def _stage_table(stage_ms: np.ndarray, split: Split, rounds: int) -> Table:
-    native = pixels.implementation()
-    by = {_READ: "", _DECODE: _decoder(split) or "in memory", _CROP: native, _AUGMENT: native, _WHOLE: ""}
-    rows = [[name, by[name], f"{ms:.3f}", f"{1e3 / ms:,.0f}" if ms > 0 else "-"]
-            for name, ms in zip(STAGES, np.median(stage_ms, axis=0).tolist(), strict=True)]  # fmt: skip
-    if _is_in_memory(split):
-        rows[STAGES.index(_DECODE)][2:] = ["-", "-"]
-    notes = [
-        f"{min(_STAGE_IMAGES, len(split.labels))} images in this process, read before (from memory, not from a disk); "
-        f"median of {rounds} rounds of their mean",
-        "all of it: as a loader process does it, with drawing and seeding; augment: flip and colours, as the "
-        "difference of crop with and without",
-    ]
-    return Table("one image on one core", ("stage", "by", "ms", "images/s"), rows, notes)
-
-
 def _loader_table(rates: list[_Rates], config: BenchConfig, device: torch.device, peer: dict[str, Any] | None) -> Table:
     cores, rows, notes = machine.cores(), [], []
     columns = ["loader", "processes", "images/s", "cores busy", "images/s a core", f"on {cores} core(s)"]
@@ -306,6 +219,8 @@ def _loader_table(rates: list[_Rates], config: BenchConfig, device: torch.device
     if peer is not None:
         notes.append(f"timm's create_loader reads {peer['reads']}; its default: 8 bits from the processes, normalised "
                      "and erased on the device; mixup there too, in the rank")  # fmt: skip
+        if peer["differs"]:
+            notes.append(f"timm finds {peer['num_train']:,} images there, another number than dytrun")
         if config.run.augment.rand_augment is not None:
             notes.append("timm: posterize to 0 bits mended (black), which Pillow 13 refuses")
         notes.append("timm: the list of images repeated, so that no epoch ends, which its processes run empty for")

@@ -1,10 +1,11 @@
 """A loader that is measured in turn with others: its processes stand still while it is not its turn.
 
 Loader processes work ahead. One that went on beside another arm would take its cores, and begin its next turn with
-batches that nobody waited for. So they are stopped (SIGSTOP) at the end of a turn, and go on at the next from where they
-were: with as much ready, and as far in the next batch, as when the clock stopped.
+batches that nobody waited for. So they are stopped (SIGSTOP) at the end of a turn, and go on at the next from where
+they were: with as much ready, and as far in the next batch, as when the clock stopped.
 """
 
+import contextlib
 import ctypes
 import math
 import multiprocessing
@@ -67,7 +68,8 @@ class LoaderArm:
 
     def _signal(self, number: int) -> None:
         for pid in self._pids:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it died; that is for the loader to say
+                os.kill(pid, number)
 
     def _cpu_s(self) -> float:
         return time.process_time() + sum(map(_cpu_s_of, self._pids))

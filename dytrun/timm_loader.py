@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, Mixup, auto_augment, create_dataset, create_loader
+from timm.data import Mixup, auto_augment, create_dataset, create_loader
 from torch.utils.data import Dataset
 
 from dytrun.config import RunConfig
@@ -57,7 +57,7 @@ class Files:
         """
         folder = _folder(run, split, root)
         if folder is None:
-            self.dataset: ImageDataset | _SameBytes = _SameBytes(split)
+            self.dataset: Any = _SameBytes(split)
             self.num, self.num_classes = len(split.labels), num_classes
             self.reads = "what dytrun reads, bytes or pixels, through a Dataset that hands it to Pillow"
             return
@@ -87,7 +87,7 @@ class Files:
     def _loader(self, run: RunConfig, batch: int, workers: int, device: torch.device) -> Any:
         augment, data = run.augment, run.data
         with _posterize_of_no_bits():
-            loader = create_loader(
+            loader: Any = create_loader(
                 self.dataset, (3, data.image_size, data.image_size), batch, is_training=True,
                 re_prob=augment.erase_prob, re_mode=augment.erase_mode, re_count=1, scale=augment.scale,
                 ratio=augment.ratio, hflip=augment.hflip, color_jitter=augment.color_jitter,
@@ -133,7 +133,7 @@ def _start(of_timm: Callable[[int], None], worker: int) -> None:
 
 @contextmanager
 def _posterize_of_no_bits() -> Iterator[None]:
-    """Let the policies that timm builds know what no bits are: Pillow 13 refuses them, and RandAugment asks for them."""
+    """Let the policies that timm builds know what no bits are: RandAugment asks for them, and Pillow 13 refuses."""
     before = dict(auto_augment.NAME_TO_OP)
     try:
         for name, operation in before.items():
