@@ -12,7 +12,7 @@ import torch
 from conftest import _tree, dytrun, image_files
 from timm.data import auto_augment
 
-from dytrun import bench_data, bench_stages, compose, paired, timm_loader
+from dytrun import bench_data, bench_stages, compose, paired, pixels, timm_loader
 from dytrun.augment import seeded, train_transform
 from dytrun.bench_data import Fed
 from dytrun.data import RankShare, train_batches
@@ -113,7 +113,10 @@ def test_timm_makes_the_same_pixels_of_the_same_images(how, tree):
     words = ["data=digits"] if how == "pixels" else [f"data.root={tree}", "data.val_split=train"]
     run = config_of(*SMALL, *words).run
     data = load_data(run.data)
-    split = data.train._replace(folder="") if how == "bytes" else data.train
+    # Read and loaded before any seed is set: the checks of types in these tests draw from Python's generator too.
+    contents = [data.train.read(index) for index in range(len(data.train.labels))]
+    assert pixels.implementation() in ("native", "pillow")
+    split = data.train._replace(read=contents.__getitem__, folder="" if how == "bytes" else data.train.folder)
     files = timm_loader.Files(run, split, data.num_classes, None)
     images, targets = next(files.batches(run, 4, 0, CPU))
     assert images.shape == (4, 3, 32, 32) and targets.shape == (4, data.num_classes)
@@ -122,7 +125,7 @@ def test_timm_makes_the_same_pixels_of_the_same_images(how, tree):
     for index in range(7):
         seeded(1, index)
         theirs, label = files.dataset[index]
-        picture = split.picture(index)  # before, as a loader process does it: the checks of types draw too
+        picture = split.picture(index)
         seeded(1, index)
         assert np.array_equal(ours(picture), np.moveaxis(np.asarray(theirs), 0, -1))
         assert label == split.labels[index]
