@@ -67,8 +67,19 @@ def test_the_stages_of_an_image_are_told_apart(found):
     assert found.values["stage_images"] == 7
     assert stages["decode"]["by"] == found.values["decoder"] and found.values["decoder"] in ("simplejpeg", "opencv")
     assert stages["augment"]["by"] == found.values["pixels"]
-    # Each stage is a part of the whole, which draws and seeds besides.
-    assert max(ms[name] for name in ("read", "decode", "crop and resize", "augment", "seed")) < ms["all of it"]
+
+
+def test_a_slow_disk_is_seen_where_images_are_read(tree):
+    run = config_of(*SMALL, f"data.root={tree}", "data.val_split=train").run
+    split = load_data(run.data).train
+
+    def slow(index: int) -> bytes:
+        time.sleep(0.02)
+        return split.read(index)
+
+    ms = {name: np.median(values) for name, values in
+          bench_stages.measure(run, split._replace(read=slow), 3).values["stages_ms"].items()}  # fmt: skip
+    assert {name for name, value in ms.items() if value >= 20} == {"read", "all of it"}
 
 
 def test_ours_stands_beside_timms_with_ratios_that_follow_from_the_rounds(found):
