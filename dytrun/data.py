@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,13 +23,13 @@ from setproctitle import getproctitle, setproctitle, setthreadtitle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dytrun import pixels as ops
 from dytrun.augment import erased_box, eval_resize, eval_transform, key, seeded, train_transform
 from dytrun.batch import BadImage, Batch
 from dytrun.config import DataConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.finish import Erased, Finish, Mixing, mixed_targets, mixing_drawer
 from dytrun.images import MOST_PIXELS, Picture, Unreadable
-from dytrun.pixels import Pixels
 from dytrun.sources import Data, Split
 from dytrun.stop import SIGNALS
 
@@ -42,7 +43,7 @@ _READY_BYTES, _FEWEST_READY, _MOST_READY = 256 * 2**20, 2, 8
 
 
 class _Sample(NamedTuple):
-    pixels: Pixels
+    pixels: ops.Pixels
     label: int
     number: int
     """Its index in the split."""
@@ -175,13 +176,13 @@ class TrainImages(Dataset):
         erased = Erased(box, key(self._seed, _ERASE, epoch, index) if box.height else 0)
         return _Sample(pixels, int(self._split.labels[index]), index, erased, bad)
 
-    def _augmented(self, read: int, epoch: int, index: int) -> Pixels:
+    def _augmented(self, read: int, epoch: int, index: int) -> ops.Pixels:
         """Read an image and augment it as `index` is in that epoch."""
         picture = _opened(self._split, read, self._resized)
         seeded(self._seed, _AUGMENT, epoch, index)
         return self._transform(picture)
 
-    def _substitute(self, epoch: int, index: int, error: Unreadable) -> tuple[Pixels, BadImage]:
+    def _substitute(self, epoch: int, index: int, error: Unreadable) -> tuple[ops.Pixels, BadImage]:
         """Take another image of the class: the first readable one of a permutation keyed by the seed and the index."""
         others = np.flatnonzero(self._split.labels == self._split.labels[index])
         order = np.random.Generator(np.random.Philox(key(self._seed, _SUBSTITUTE, index))).permutation(others)
@@ -237,6 +238,9 @@ def _ready_batches(batch: int, size: int, workers: int) -> int:
 def _loader(
     images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int, ready: int
 ) -> DataLoader:
+    ops.implementation()  # compiled here once, and not by each of the processes
+    # More processes than cores are what the user asked for.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(
         images,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any iterable of lists of keys will do

@@ -44,34 +44,36 @@ class Mixing(NamedTuple):
     """The part that comes from the other image whole; None blends both everywhere."""
 
 
+class Constants(NamedTuple):
+    """What the device keeps for every batch."""
+
+    mean: Float[Tensor, "c 1 1"]
+    std: Float[Tensor, "c 1 1"]
+    places: Int[Tensor, "c h w"]
+    """The number of each place in an image that gets noise of its own: of a pixel and channel, or of a channel."""
+
+
 class Finish:
     """8-bit images (B, H, W, C) of a micro-batch → normalised and mixed images (B, C, H, W), on the device."""
 
     def __init__(self, data: DataConfig, erase_mode: str, device: torch.device):
         """Take the mean and standard deviation of `data`; `erase_mode` is "pixel", "rand" or "const"."""
-        self._mean, self._std, self._device = data.mean, data.std, device
-        self._mode = erase_mode
-        self._fused: Callable[..., Tensor] | None = None
-        if device.type == "cuda":
-            self._on_device = [torch.tensor(value, device=device).view(-1, 1, 1) for value in (data.mean, data.std)]
-            self._fused = torch.compile(fused, dynamic=False)  # a batch of another size is compiled anew
+        self._data, self._mode = data, erase_mode
+        self._constants = constants(data, erase_mode, device)
+        # A batch of another size is compiled anew.
+        self._fused = torch.compile(fused, dynamic=False) if device.type == "cuda" else None
 
     def __call__(
         self, images: UInt8[Tensor, "b h w c"], erased: Int[Tensor, "b 5"] | None = None, mixing: Mixing | None = None
     ) -> Float[Tensor, "b c h w"]:
         """Finish a batch; `erased` has a row of box and key for each image."""
         mixing = mixing or Mixing()
-        if self._fused is not None:
-            return self._by_device(images, erased, mixing)
-        return self._in_place(images, erased, mixing)
+        return self._in_place(images, erased, mixing) if self._fused is None else self._at_once(images, erased, mixing)
 
-    def _by_device(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
+    def _at_once(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
         assert self._fused is not None
-        # As a tensor: a number would be compiled in, anew for each batch.
-        numbers = torch.tensor(
-            [mixing.lam, *NOWHERE] if mixing.cut is None else [1.0, *mixing.cut], pin_memory=True
-        ).to(self._device, non_blocking=True)
-        arguments = images, self._on_device, erased, numbers, self._mode
+        numbers = numbers_of(mixing).pin_memory().to(images.device, non_blocking=True)
+        arguments = images, self._constants, erased, numbers, self._mode
         try:
             return self._fused(*arguments)
         except TorchDynamoException as error:
@@ -82,13 +84,11 @@ class Finish:
     def _in_place(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
         number, height, width, channels = images.shape
         out = torch.empty(number, channels, height, width)
-        ops.normalised(images.numpy(), self._mean, self._std, out.numpy())
-        if erased is not None:
-            places = _places(self._mode, (channels, height, width), images.device)
-            for image, (top, left, box_height, box_width, key) in zip(out, erased.tolist(), strict=True):
-                if box_height:
-                    box = (slice(None), slice(top, top + box_height), slice(left, left + box_width))
-                    image[box] = _filling(torch.tensor(key), places[box], self._mode)
+        ops.normalised(images.numpy(), self._data.mean, self._data.std, out.numpy())
+        for index, (top, left, box_height, box_width, key) in enumerate([] if erased is None else erased.tolist()):
+            if box_height:
+                box = (slice(None), slice(top, top + box_height), slice(left, left + box_width))
+                out[index][box] = _filling(torch.tensor(key), self._constants.places[box], self._mode)
         if mixing.cut is not None:
             top, left, box_height, box_width = mixing.cut
             box = (..., slice(top, top + box_height), slice(left, left + box_width))
@@ -97,6 +97,23 @@ class Finish:
             other = out.flip(0).mul_(1 - mixing.lam)
             out.mul_(mixing.lam).add_(other)
         return out
+
+
+def constants(data: DataConfig, erase_mode: str, device: torch.device) -> Constants:
+    """Put on the device what does not change."""
+    mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (data.mean, data.std))
+    shape = (len(data.mean), data.image_size, data.image_size)
+    if erase_mode == "pixel":
+        return Constants(mean, std, torch.arange(math.prod(shape), device=device).view(shape))
+    return Constants(mean, std, torch.arange(shape[0], device=device).view(-1, 1, 1).expand(shape))
+
+
+def numbers_of(mixing: Mixing) -> Float[Tensor, "5"]:
+    """Return the share of the image itself, and the box that comes from the other one whole.
+
+    As a tensor: a number would be compiled in, anew for each batch.
+    """
+    return torch.tensor([mixing.lam, *NOWHERE] if mixing.cut is None else [1.0, *mixing.cut])
 
 
 def mixing_drawer(augment: AugmentConfig, num_classes: int, size: int) -> Callable[[], Mixing] | None:
@@ -133,21 +150,15 @@ def mixed_targets(labels: Int[Tensor, "b"], mixing: Mixing, num_classes: int, sm
 
 def fused(
     images: UInt8[Tensor, "b h w c"],
-    statistics: Sequence[Float[Tensor, "c 1 1"]],
+    constants: Constants,
     erased: Int[Tensor, "b 5"] | None,
     mixing: Float[Tensor, "5"],
-    mode: str,
+    erase_mode: str,
 ) -> Float[Tensor, "b c h w"]:
-    """Normalise, erase and mix in whole tensors, as one kernel when it is compiled.
-
-    `statistics` are mean and standard deviation; `mixing` is the share of the image itself, and the box that comes
-    from the other one whole.
-    """
-    mean, std = statistics
-    out = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    """Normalise, erase and mix in whole tensors, as one kernel when it is compiled; `mixing` is of `numbers_of`."""
+    out = (images.permute(0, 3, 1, 2).float() / 255 - constants.mean) / constants.std
     if erased is not None:
-        key = erased[:, 4].view(-1, 1, 1, 1)
-        filling = _filling(key, _places(mode, out.shape[1:], out.device), mode)
+        filling = _filling(erased[:, 4].view(-1, 1, 1, 1), constants.places, erase_mode)
         out = torch.where(_inside(erased[:, :4].unbind(1), out), filling, out)
     other, share = out.flip(0), mixing[0]
     return torch.where(_inside(mixing[1:].unbind(), out), other, out * share + other * (1 - share))
@@ -159,14 +170,6 @@ def _inside(box: Sequence[Tensor], images: Tensor) -> Tensor:
     rows = torch.arange(images.shape[2], device=images.device).view(-1, 1)
     columns = torch.arange(images.shape[3], device=images.device)
     return (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
-
-
-def _places(mode: str, shape: Sequence[int], device: torch.device) -> Int[Tensor, "c h w"]:
-    """Number the places of an image that get a number of their own: each pixel and channel, or each channel."""
-    channels, height, width = shape
-    if mode == "pixel":
-        return torch.arange(channels * height * width, device=device).view(channels, height, width)
-    return torch.arange(channels, device=device).view(-1, 1, 1).expand(channels, height, width)
 
 
 def _filling(key: Tensor, places: Tensor, mode: str) -> Tensor:

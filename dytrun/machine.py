@@ -15,6 +15,8 @@ from dytrun.launcher_config import PoolConfig
 
 # On the CPU a rank is a process, for trying out; more of them than this on a core is a typing error.
 _RANKS_PER_CORE = 4
+# More loader processes for one GPU cost memory and start-up, and no model here trains so fast.
+_MOST_WORKERS = 32
 
 
 def num_gpus() -> int:
@@ -116,15 +118,16 @@ def prepare_torch(machine: MachineConfig, device: torch.device) -> None:
 
 
 def worker_count(setting: str | int, device: torch.device) -> int:
-    """Return the number of loader processes for this rank: all cores where a GPU computes, else a quarter of them.
+    """Return the number of loader processes for this rank, from its share of the machine's cores.
 
-    A rank that has one core, and computes on it, loads its images itself: a process would only take turns with it.
+    Where a GPU computes, all but the one that the rank itself needs, and no more than 32; else a quarter of them. A
+    rank that has one core, and computes on it, loads its images itself: a process would only take turns with it.
     """
     if setting != "auto":
         return int(setting)
     share = max(1, cores() // _local_world())
     if device.type == "cuda":
-        return min(16, share)
+        return max(1, min(_MOST_WORKERS, share - 1))
     return 0 if share == 1 else max(1, share // 4)
 
 

@@ -1,4 +1,4 @@
-"""Operations on an 8-bit RGB image as an array (H, W, 3): bit for bit the pixels that Pillow gives, several times faster.
+"""Operations on an 8-bit RGB image as an array (H, W, 3): the pixels that Pillow gives, to the bit, and much faster.
 
 `pixels.cpp` is compiled once a machine, in two seconds, and kept in the user's cache; where there is no C++ compiler,
 Pillow and NumPy do the same. The formulas and constants are those of Pillow 13 (src/libImaging: Resample.c, Geometry.c,
@@ -20,12 +20,14 @@ from PIL import Image, ImageEnhance, ImageStat
 from dytrun import native
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
-Matrix = tuple[float, float, float, float, float, float]
+_Number = float | int
+Matrix = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 Interpolation = Literal["bilinear", "bicubic"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# Without contraction: Pillow rounds after each multiplication and each addition.
-_FLAGS = (
+# Flags of the compiler. None: Pillow computes. Tests set it, to have either, and what other processors get.
+_flags: tuple[str, ...] | None = (
+    # Without contraction: Pillow rounds after each multiplication and each addition.
     "-O3", *native.PROCESSOR, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=off",
 )  # fmt: skip
@@ -46,8 +48,6 @@ _SIGNATURES = {
 }
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _LEVELS = np.arange(256, dtype=np.float32)
-# Tests set it to False and have Pillow compute.
-_is_native_wanted = True
 
 
 def implementation() -> Literal["native", "pillow"]:
@@ -60,19 +60,20 @@ def resized(
     size: tuple[int, int],
     window: tuple[int, int, int, int] | None = None,
     interpolation: Interpolation = "bicubic",
-) -> Pixels:
+) -> UInt8[np.ndarray, "rows columns 3"]:
     """Resize to (height, width), antialiased, as `Image.resize` does.
 
     `pixels` may be a part of a larger image: rows that do not follow each other in memory. `window` is (top, left,
     height, width) of the resized image: that part alone is computed and returned.
 
     Raises:
-        ValueError: an image without pixels, or a window that is not inside.
+        ValueError: a size of nothing, or a window that is not inside.
     """
     height, width = size
     top, left, rows, columns = window or (0, 0, height, width)
-    if min(top, left, rows - 1, columns - 1, pixels.size - 1) < 0 or top + rows > height or left + columns > width:
-        raise ValueError(f"no part {window} of an image {pixels.shape} resized to {size}")
+    if min(top, left, rows - 1, columns - 1) < 0 or top + rows > height or left + columns > width:
+        raise ValueError(f"an image of {size} has no part {window}")
+    _expect(pixels)
     if (library := _library()) is None:
         image = Image.fromarray(pixels).resize((width, height), _RESAMPLING[interpolation])
         return np.array(image.crop((left, top, left + columns, top + rows)))
@@ -97,6 +98,7 @@ def warped(
     from outside the image gets the colour `fill`.
     """
     red, green, blue = fill
+    _expect(pixels)
     if (library := _library()) is None:
         image, how = Image.fromarray(pixels), _RESAMPLING[interpolation]
         return np.array(image.transform(image.size, Image.Transform.AFFINE, matrix, resample=how, fillcolor=fill))
@@ -125,8 +127,11 @@ def rotation(size: tuple[int, int], degrees: float) -> Matrix:
 
 def mapped(pixels: Pixels, table: UInt8[np.ndarray, "3 256"]) -> Pixels:
     """Replace each value by `table[channel, value]`."""
+    _expect(pixels)
+    if table.dtype != np.uint8 or table.shape != (3, 256):
+        raise ValueError(f"a table of (3, 256) bytes is needed, not {table.shape} of {table.dtype}")
     if (library := _library()) is None:
-        return table[np.arange(3), pixels]
+        return np.ascontiguousarray(table[np.arange(3), pixels])
     pixels, out = _in_and_out(pixels)
     table = np.ascontiguousarray(table)
     library.pixels_mapped(pixels.ctypes.data, pixels.size // 3, out.ctypes.data, table.ctypes.data)
@@ -135,6 +140,7 @@ def mapped(pixels: Pixels, table: UInt8[np.ndarray, "3 256"]) -> Pixels:
 
 def histogram(pixels: Pixels) -> Int64[np.ndarray, "3 256"]:
     """Count each value in each channel."""
+    _expect(pixels)
     if (library := _library()) is None:
         return np.array(Image.fromarray(pixels).histogram(), dtype=np.int64).reshape(3, 256)
     pixels = np.ascontiguousarray(pixels)
@@ -145,6 +151,7 @@ def histogram(pixels: Pixels) -> Int64[np.ndarray, "3 256"]:
 
 def gray_mean(pixels: Pixels) -> int:
     """Return the mean of the gray image, rounded, to which `ImageEnhance.Contrast` blends."""
+    _expect(pixels)
     if (library := _library()) is None:
         return int(ImageStat.Stat(Image.fromarray(pixels).convert("L")).mean[0] + 0.5)
     pixels = np.ascontiguousarray(pixels)
@@ -154,6 +161,7 @@ def gray_mean(pixels: Pixels) -> int:
 
 def color(pixels: Pixels, factor: float) -> Pixels:
     """Blend the gray image (factor 0) with the image (1), or go beyond, as `ImageEnhance.Color` does."""
+    _expect(pixels)
     if (library := _library()) is None:
         return np.array(ImageEnhance.Color(Image.fromarray(pixels)).enhance(factor))
     pixels, out = _in_and_out(pixels)
@@ -163,6 +171,7 @@ def color(pixels: Pixels, factor: float) -> Pixels:
 
 def sharpened(pixels: Pixels, factor: float) -> Pixels:
     """Blend the smoothed image (factor 0) with the image (1), or go beyond, as `ImageEnhance.Sharpness` does."""
+    _expect(pixels)
     if (library := _library()) is None:
         return np.array(ImageEnhance.Sharpness(Image.fromarray(pixels)).enhance(factor))
     pixels, out = _in_and_out(pixels)
@@ -172,6 +181,7 @@ def sharpened(pixels: Pixels, factor: float) -> Pixels:
 
 def flipped(pixels: Pixels) -> Pixels:
     """Swap left and right."""
+    _expect(pixels)
     if (library := _library()) is None:
         return np.array(Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     pixels, out = _in_and_out(pixels)
@@ -198,6 +208,11 @@ def normalised(
 
     `out` may lie in memory as it is named, or with its channels last.
     """
+    for image in pixels[:1]:
+        _expect(image)
+    batch, height, width, _ = pixels.shape
+    if out.dtype != np.float32 or out.shape != (batch, 3, height, width):
+        raise ValueError(f"{pixels.shape} normalised does not fit {out.shape} of {out.dtype}")
     table = (_LEVELS / np.float32(255) - _column(mean)) / _column(std)
     is_planar, is_packed = out.flags.c_contiguous, out.transpose(0, 2, 3, 1).flags.c_contiguous
     if (library := _library()) is None or not (is_planar or is_packed):
@@ -205,11 +220,15 @@ def normalised(
             np.take(table[channel], pixels[..., channel], out=out[:, channel])
         return
     pixels = np.ascontiguousarray(pixels)
-    number = pixels.shape[1] * pixels.shape[2]
+    number = height * width
     channel_stride = number if is_planar else 1
-    library.pixels_normalised(
-        pixels.ctypes.data, len(pixels), number, out.ctypes.data, channel_stride, table.ctypes.data
-    )
+    library.pixels_normalised(pixels.ctypes.data, batch, number, out.ctypes.data, channel_stride, table.ctypes.data)
+
+
+def _expect(pixels: np.ndarray) -> None:
+    """Refuse what is no image: the compiled functions would read memory that is not theirs."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ValueError(f"an image of (height, width, 3) bytes is needed, not {pixels.shape} of {pixels.dtype}")
 
 
 def _in_and_out(pixels: Pixels) -> tuple[Pixels, Pixels]:
@@ -227,12 +246,12 @@ def _done(status: int) -> None:
 
 
 def _library() -> ctypes.CDLL | None:
-    return _compiled() if _is_native_wanted else None
+    return None if _flags is None else _compiled(_flags)
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL | None:
-    library = native.library(_SOURCE, _FLAGS)
+def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    library = native.library(_SOURCE, flags)
     if library is not None:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"pixels_{name}")

@@ -14,11 +14,15 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
+from dytrun import pixels as ops
 from dytrun.augment import NOWHERE, erased_box, eval_transform, key, random_box, seeded, train_transform
 from dytrun.images import Picture
 from dytrun.rand_augment import _OPERATIONS, Canvas
 
 DRAWS = 10_000
+# Compiled before anything is drawn: the hook that checks types draws from Python's generator too, where it looks into
+# a sequence of any length.
+ops.implementation()
 
 
 def photo(width: int = 320, height: int = 240) -> np.ndarray:

@@ -27,6 +27,18 @@ def test_devices_of_a_machine_without_gpu():
         machine.resolve_devices([0])
 
 
+@pytest.mark.parametrize(
+    ("device", "cores", "ranks", "expected"),
+    [("cuda", 16, 1, 15), ("cuda", 128, 8, 15), ("cuda", 256, 4, 32), ("cuda", 4, 4, 1), ("cuda", 2, 8, 1),
+     ("cpu", 1, 1, 0), ("cpu", 2, 1, 1), ("cpu", 16, 1, 4), ("cpu", 8, 4, 1), ("cpu", 2, 2, 0)],
+)  # fmt: skip
+def test_loader_processes_share_the_cores_with_the_ranks(monkeypatch, device, cores, ranks, expected):
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert machine.worker_count("auto", torch.device(device)) == expected
+    assert machine.worker_count(5, torch.device(device)) == 5
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch._dynamo looks at .grad
 @pytest.mark.slow
 def test_every_block_is_compiled_whatever_its_drop_path():
