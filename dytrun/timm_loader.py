@@ -7,6 +7,7 @@ loader processes (`collate_mixup`), is left out.
 
 import functools
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,8 @@ class Files:
 
     def _loader(self, run: RunConfig, batch: int, workers: int, device: torch.device) -> Any:
         augment, data = run.augment, run.data
+        # More processes than cores are what the user asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         with _posterize_of_no_bits():
             loader: Any = create_loader(
                 self.dataset, (3, data.image_size, data.image_size), batch, is_training=True,

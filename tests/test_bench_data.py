@@ -12,7 +12,7 @@ import torch
 from conftest import _tree, dytrun, image_files
 from timm.data import auto_augment
 
-from dytrun import bench_data, bench_stages, compose, paired, pixels, timm_loader
+from dytrun import bench_data, bench_stages, compose, machine, paired, pixels, timm_loader
 from dytrun.augment import seeded, train_transform
 from dytrun.bench_data import Fed
 from dytrun.data import RankShare, train_batches
@@ -63,7 +63,8 @@ def test_the_stages_of_an_image_are_told_apart(found):
     ms = {name: np.median(values) for name, values in found.values["stages_ms"].items()}
     for name, row in stages.items():
         assert (row["ms"], len(found.values["stages_ms"][name])) == (f"{ms[name]:.3f}", 3)
-        assert row["images/s"] == f"{1e3 / ms[name]:,.0f}"
+        # Of images so small the difference that `augment` is may be less than nothing.
+        assert row["images/s"] == (f"{1e3 / ms[name]:,.0f}" if ms[name] > 0 else "-")
     assert found.values["stage_images"] == 7
     assert stages["decode"]["by"] == found.values["decoder"] and found.values["decoder"] in ("simplejpeg", "opencv")
     assert stages["augment"]["by"] == found.values["pixels"]
@@ -213,6 +214,12 @@ def test_the_folder_of_a_pack_can_be_given_to_timm(tree, tmp_path):
     found = measured(*words, "bench.device=false")
     assert found.values["peer"]["reads"] == f"files of {other}/train" and found.values["peer"]["differs"]
     assert "timm finds 2 images there, another number than dytrun" in found.tables[1].notes
+
+
+def test_more_processes_than_cores_are_what_was_asked_for(tree):
+    most = str(machine.cores() + 1)
+    found = measured(f"data.root={tree}", "bench.peer=timm", f"bench.workers=[{most}]", "bench.device=false")
+    assert {row["processes"] for row in rows_of(found.tables[1])} == {most}
 
 
 def test_a_batch_larger_than_the_data_goes_on_with_the_next_epoch(tree):
