@@ -115,9 +115,8 @@ class Picture:
 @functools.cache
 def decoder() -> str:
     """Name what decodes a plain JPEG here: simplejpeg, OpenCV where that is missing, Pillow where both are."""
-    if importlib.util.find_spec("simplejpeg"):
-        return "simplejpeg"
-    return "opencv" if importlib.util.find_spec("cv2") else "pillow"
+    names = {"simplejpeg": "simplejpeg", "cv2": "opencv"}
+    return next((name for module, name in names.items() if importlib.util.find_spec(module)), "pillow")
 
 
 def _read(path: str, waits_s: Sequence[float]) -> bytes:

@@ -449,13 +449,23 @@ inline Pixels linear(const double* from, const int64_t* offsets, Pixels d) {
     return v1 + (taken(from + 4, offsets) - v1) * d;
 }
 
+// What lies between pixels of a row of the output: in both directions, or, where a shear or a shift leaves the other one
+// alone, within rows or within columns. A cubic at d = 0 is the second of its neighbours exactly.
+enum Between { BOTH, WITHIN_ROWS, WITHIN_COLUMNS };
+
 // Pixels whose first tap is at `from` + offsets[0], …
-template <bool IS_CUBIC>
+template <bool IS_CUBIC, Between BETWEEN>
 inline Bytes interpolated(const double* from, int64_t stride, const int64_t* offsets, const double* dx,
                           const double* dy) {
     const Pixels right = spread(dx), below = spread(dy);
     Pixels found;
-    if (IS_CUBIC) {
+    if (IS_CUBIC && BETWEEN == WITHIN_ROWS) {
+        found = cubic_of_pixels(from + stride, offsets, right);
+    } else if (IS_CUBIC && BETWEEN == WITHIN_COLUMNS) {
+        const double* second = from + 4;
+        found = cubic_of_rows(taken(second, offsets), taken(second + stride, offsets),
+                              taken(second + 2 * stride, offsets), taken(second + 3 * stride, offsets), below);
+    } else if (IS_CUBIC) {
         found = cubic_of_rows(cubic_of_pixels(from, offsets, right), cubic_of_pixels(from + stride, offsets, right),
                               cubic_of_pixels(from + 2 * stride, offsets, right),
                               cubic_of_pixels(from + 3 * stride, offsets, right), below);
@@ -467,6 +477,17 @@ inline Bytes interpolated(const double* from, int64_t stride, const int64_t* off
     values = values > 0 ? values : Ints{};
     values = values < 255 ? values : Ints{} + 255;
     return __builtin_convertvector(values, Bytes);
+}
+
+template <bool IS_CUBIC, Between BETWEEN>
+inline void interpolate_row(const double* from, int64_t stride, const int64_t* offsets, const double* dx,
+                            const double* dy, int first, int last, Byte* out) {
+    for (int x = first; x < last; x += AT_ONCE) {
+        const Bytes found = interpolated<IS_CUBIC, BETWEEN>(from, stride, offsets + x, dx + x, dy + x);
+        Byte pixels[sizeof(found)];
+        std::memcpy(pixels, &found, sizeof(found));
+        for (int k = 0; k < std::min(AT_ONCE, last - x); k++) std::memcpy(out + 3 * (x + k), pixels + 4 * k, 3);
+    }
 }
 
 template <bool IS_CUBIC>
@@ -486,22 +507,23 @@ void warp(const Byte* in, int height, int width, Byte* out, const double* m, con
         int first = 0, last = width;
         while (first < last && !is_inside(first)) std::memcpy(out + 3 * first++, fill, 3);
         while (last > first && !is_inside(last - 1)) std::memcpy(out + 3 * --last, fill, 3);
+        bool is_on_columns = true, is_on_rows = true;
         for (int x = first; x < last; x++) {
             const double left = std::floor(xs[x] - 0.5), top = std::floor(ys[x] - 0.5);
             offsets[x] = stride * (int(top) + EDGE - IS_CUBIC) + 4 * (int(left) + EDGE - IS_CUBIC);
             xs[x] = xs[x] - 0.5 - left;
             ys[x] = ys[x] - 0.5 - top;
+            is_on_columns &= xs[x] == 0;
+            is_on_rows &= ys[x] == 0;
         }
         for (int k = 0; k < AT_ONCE && last > first; k++) {  // what the last vector has too many
             offsets[last + k] = offsets[last - 1];
             xs[last + k] = ys[last + k] = 0;
         }
-        for (int x = first; x < last; x += AT_ONCE) {
-            const Bytes found = interpolated<IS_CUBIC>(wide, stride, offsets + x, xs + x, ys + x);
-            Byte pixels[sizeof(found)];
-            std::memcpy(pixels, &found, sizeof(found));
-            for (int k = 0; k < std::min(AT_ONCE, last - x); k++) std::memcpy(out + 3 * (x + k), pixels + 4 * k, 3);
-        }
+        const auto row = is_on_rows      ? interpolate_row<IS_CUBIC, WITHIN_ROWS>
+                         : is_on_columns ? interpolate_row<IS_CUBIC, WITHIN_COLUMNS>
+                                         : interpolate_row<IS_CUBIC, BOTH>;
+        row(wide, stride, offsets, xs, ys, first, last, out);
     }
 }
 

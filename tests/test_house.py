@@ -72,8 +72,7 @@ MAY_IMPORT = {
     },
     "run": {
         "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
-        "machine",
-        "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
+        "images", "machine", "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
         "throughput", "tracking", "validation", "warmstart", "watchdog",
     },
     "resume": {

@@ -95,7 +95,7 @@ def test_whatever_computes_them(tree, monkeypatch):
     config = recipe(tree)
     expected, data = batches(config), load_data(config.data)
     seen = [batch.images for batch in ValBatches(config.data, data.val, 4, 0, (0, 1, CPU))()]
-    monkeypatch.setattr(pixels, "_is_native_wanted", False)
+    monkeypatch.setattr(pixels, "_flags", None)
     assert pixels.implementation() == "pillow"
     assert_same(expected, batches(config))
     again = [batch.images for batch in ValBatches(config.data, data.val, 4, 0, (0, 1, CPU))()]
