@@ -107,9 +107,9 @@ def verdict(fed: Fed) -> str:
     return f"compute-bound: the cores could load {fed.share:.1f} times the images that the model takes; {needed}"
 
 
-def compared(workers: int, found: paired.Ratio, itself: paired.Ratio) -> str:
+def compared(what: str, found: paired.Ratio, itself: paired.Ratio) -> str:
     """Say in a sentence what a ratio to timm's images a second allows to be said."""
-    said = f"{workers} process(es): {found} times timm's images a second"
+    said = f"{what}: {found} times timm's images a second"
     is_beyond = found.is_beyond(itself)
     if is_beyond is None:
         return f"{said}; too few rounds ({found.n}) for an interval, nothing may be concluded"
@@ -214,7 +214,9 @@ def _loader_table(rates: list[_Rates], config: BenchConfig, device: torch.device
             found, by_core = _ratios(one, first, config.bench.confidence)
             row += ["1", "1"] if one is first else [str(found), str(by_core)]
             if one.loader == _OURS:
-                notes.append(compared(one.workers, found, _ratios(rates[place - 1], first, config.bench.confidence)[0]))
+                itself, itself_by_core = _ratios(rates[place - 1], first, config.bench.confidence)
+                notes.append(compared(f"{one.workers} process(es)", found, itself))
+                notes.append(compared(f"{one.workers} process(es), by processor time", by_core, itself_by_core))
         rows.append(row)
     if peer is not None:
         notes.append(f"timm's create_loader reads {peer['reads']}; its default: 8 bits from the processes, normalised "

@@ -258,12 +258,14 @@ def test_the_verdict_follows_from_what_was_measured(found):
 
 def test_what_may_be_said_of_a_ratio():
     itself = paired.Ratio(1.0, 0.97, 1.02, 9)
-    assert bench_data.compared(2, paired.Ratio(1.9, 1.8, 2.0, 9), itself) == (
+    assert bench_data.compared("2 process(es)", paired.Ratio(1.9, 1.8, 2.0, 9), itself) == (
         "2 process(es): 1.900 [1.800, 2.000] times timm's images a second, more (timm against itself 1.000 "
         "[0.970, 1.020])"
     )
-    assert ", fewer (" in bench_data.compared(2, paired.Ratio(0.8, 0.7, 0.9, 9), itself)
-    assert "no further from 1 than the error" in bench_data.compared(2, paired.Ratio(1.05, 1.01, 1.1, 9), itself)
+    assert ", fewer (" in bench_data.compared("2 process(es)", paired.Ratio(0.8, 0.7, 0.9, 9), itself)
+    assert "no further from 1 than the error" in bench_data.compared(
+        "2 process(es)", paired.Ratio(1.05, 1.01, 1.1, 9), itself
+    )
 
 
 WRONG = [
