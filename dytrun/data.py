@@ -81,7 +81,7 @@ def train_batches(
     Raises:
         UserError: no image of a class can be read (while the batches are gone through).
     """
-    images = _TrainImages(config, data.train)
+    images = TrainImages(config, data.train)
     order = _Order(len(data.train.labels), config.seed, rank_share)
     ready = _ready_batches(rank_share.batch_per_rank, config.data.image_size, workers)
     loader = _loader(images, order, device, workers, ready)
@@ -155,7 +155,9 @@ class _Order:
                 yield [(epoch, int(i)) for i in order[first : first + share.batch_per_rank]]
 
 
-class _TrainImages(Dataset):
+class TrainImages(Dataset):
+    """(epoch, index) → an augmented training image, as a loader process makes it."""
+
     def __init__(self, config: RunConfig, split: Split):
         self._split, self._seed, self._size = split, config.seed, config.data.image_size
         self._transform, self._erase_prob = train_transform(config.augment, config.data), config.augment.erase_prob
@@ -163,6 +165,7 @@ class _TrainImages(Dataset):
         self._resized = eval_resize(config.data) if config.augment.scale is None else None
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> _Sample:
+        """Draw and compute one image; another of its class stands in for one that cannot be read."""
         epoch, index = epoch_and_index
         bad = None
         try:
@@ -246,7 +249,7 @@ def _loader(
         prefetch_factor=ready if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # A rank is itself a child of a fork server, and would start one of its own: ten seconds of imports, and
         # processes that outlive a rank that is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -299,7 +302,7 @@ def _on_device(loaded: Iterator[_Loaded], device: torch.device) -> Iterator[_Loa
         yield handed(*ahead)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Compute on one thread, leave signals to the rank, and end at once when that does, however it ends."""
     torch.set_num_threads(1)
     signal.set_wakeup_fd(-1)  # the rank's own pipe, which a fork has inherited

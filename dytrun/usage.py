@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train one run, or with -m a sweep",
     "eval": "evaluate a run's checkpoint exactly: dytrun eval DIR",
     "replay": "do the step again at which a run diverged, and say where: dytrun replay DIR",
-    "bench": "measure speed: one layer, a model, this loop: dytrun bench=norm",
+    "bench": "measure speed: one layer, a model, this loop, the loader: dytrun bench=norm",
     "data": "pack a data set into a few files, and verify such a pack: dytrun data pack SRC out=DIR",
     "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
 }
@@ -46,7 +46,7 @@ EXAMPLES = {
         "dytrun bench=norm",
         "dytrun bench=norm precision=bf16 bench.shapes=[256x197x768] bench.modes=[eager]",
         "dytrun bench=model model=vit_b precision=bf16 bench.batch=256",
-        "dytrun bench=trainer model=vit_ti",
+        "dytrun bench=data data.root=/data/imagenet model=vit_b precision=bf16 bench.peer=timm bench.workers=[8,16]",
         "dytrun bench=llama bench.passes=[infer]",
     ),
     "data": (
@@ -139,7 +139,8 @@ def _benches() -> list[str]:
     """List what can be measured, with its keys and values."""
     lines = []
     for path in sorted((CONF / "bench").glob("*.yaml")):
-        keys = [line for line in path.read_text().splitlines() if line[:1].isalpha() and not line.startswith("name:")]
+        texts = path.read_text().splitlines()
+        keys = [line for line in texts if line[:1].isalpha() and not line.startswith(("name:", "defaults:"))]
         lines += [f"  bench={path.stem}  {_summary(path)}", *(f"    bench.{line}" for line in keys)]
     return lines
 

@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "norm_config": set(),
     "bench_config": {"config", "norm_config"},
     "bench": {
-        "bench_config", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine", "paired",
-        "records", "wandb_link",
+        "bench_config", "bench_data", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine",
+        "paired", "records", "wandb_link",
     },
     "bench_norm": {"bench_config", "errors", "model", "norm", "paired", "records", "timing"},
     "bench_model": {
@@ -46,6 +46,13 @@ MAY_IMPORT = {
         "arm", "bench_config", "bench_model", "checkpoint", "compute", "config", "distributed", "engine", "model",
         "norm", "optim", "paired", "records", "state", "throughput", "timing", "tracking",
     },
+    "bench_data": {
+        "batch", "bench_config", "bench_model", "bench_stages", "bench_trainer", "config", "data", "errors",
+        "loader_arm", "machine", "paired", "records", "sources", "timing", "timm_loader",
+    },
+    "bench_stages": {"augment", "config", "data", "errors", "images", "pixels", "records", "sources", "timing"},
+    "loader_arm": {"timing"},
+    "timm_loader": {"config", "data", "errors", "sources"},
     "bench_stack": {"bench_config", "errors", "llama", "model", "paired", "records", "timing"},
     "llama": {"norm"},
     "paired": set(),
