@@ -146,8 +146,7 @@ def _random_crop(augment: AugmentConfig, size: int) -> Transform:
         interpolation = augment.interpolation
         if interpolation == "random":
             interpolation = random.choice(("bilinear", "bicubic"))
-        kept = picture.pixels()[top : top + height, left : left + width]
-        return ops.resized(kept, (size, size), interpolation=interpolation)
+        return ops.resized(picture.part(top, left, height, width), (size, size), interpolation=interpolation)
 
     return transform
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dytrun import images, pixels, timing
-from dytrun.augment import seeded, train_transform
+from dytrun import jpeg, pixels, timing
+from dytrun.augment import random_box, seeded, train_transform
 from dytrun.config import RunConfig
 from dytrun.data import TrainImages
 from dytrun.errors import UserError
@@ -34,18 +34,18 @@ def measure(run: RunConfig, split: Split, rounds: int) -> Found:
     found = np.array([_times(run, split, chosen, epoch).mean(axis=0) for epoch in range(rounds)])
     in_memory = not split.paths
     native = pixels.implementation()
-    by = {_DECODE: "in memory" if in_memory else images.decoder(), _CROP: native, _AUGMENT: native}
+    by = {_DECODE: "in memory" if in_memory else jpeg.described(), _CROP: native, _AUGMENT: native}
     rows = [[name, by.get(name, ""), f"{ms:.3f}", f"{1e3 / ms:,.0f}" if ms > 0 else "-"]
             for name, ms in zip(STAGES, np.median(found, axis=0).tolist(), strict=True)]  # fmt: skip
     if in_memory:
         rows[STAGES.index(_DECODE)][2:] = ["-", "-"]
     notes = [
         f"{len(chosen)} images, read before (so from memory, not from a disk); median of {rounds} rounds of their mean",
-        "crop and resize: of the decoded image; augment: flip and colours, the difference of that with and without "
-        "them, same draws; all of it: as a loader process does it",
+        "decode: what a random crop keeps; crop and resize: of an image that is decoded already; augment: flip and "
+        "colours, the difference of that with and without them, same draws; all of it: as a loader process does it",
     ]
     values = {
-        "decoder": None if in_memory else images.decoder(),
+        "decoder": None if in_memory else jpeg.described(),
         "pixels": native,
         "stage_images": len(chosen),
         "stages_ms": dict(zip(STAGES, found.T.tolist(), strict=True)),
@@ -67,6 +67,12 @@ def _times(run: RunConfig, split: Split, chosen: list[int], epoch: int) -> np.nd
         mark()
         content = split.read(index)
         mark()
+        picture = Picture(content, path)
+        if run.augment.scale is None:
+            picture.pixels()
+        else:
+            picture.part(*random_box(picture.height, picture.width, run.augment.scale, run.augment.ratio))
+        mark()
         decoded = Picture(content, path).pixels()
         mark()
         cropped(Picture(decoded, path))
@@ -78,7 +84,9 @@ def _times(run: RunConfig, split: Split, chosen: list[int], epoch: int) -> np.nd
         whole[epoch, index]
         mark()
 
-    read, decode, crop, seed, crop_and_augment, all_of_it = timing.spans_ms(torch.device("cpu"), parts, len(chosen)).T
+    read, decode, _, crop, seed, crop_and_augment, all_of_it = timing.spans_ms(
+        torch.device("cpu"), parts, len(chosen)
+    ).T
     return np.stack([read, decode, crop, crop_and_augment - crop, seed, all_of_it], axis=1)
 
 

@@ -23,6 +23,7 @@ from setproctitle import getproctitle, setproctitle, setthreadtitle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dytrun import jpeg
 from dytrun import pixels as ops
 from dytrun.augment import erased_box, eval_resize, eval_transform, key, seeded, train_transform
 from dytrun.batch import BadImage, Batch
@@ -238,7 +239,9 @@ def _ready_batches(batch: int, size: int, workers: int) -> int:
 def _loader(
     images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int, ready: int
 ) -> DataLoader:
-    ops.implementation()  # compiled here once, and not by each of the processes
+    # Compiled here once, and not by each of the processes.
+    ops.implementation()
+    jpeg.described()
     # More processes than cores are what the user asked for.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(

@@ -84,7 +84,7 @@ class Finish:
 
     def _in_place(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
         number, height, width, channels = images.shape
-        # NumPy asks for huge pages; to touch so much memory for the first time in small ones takes longer than the rest.
+        # NumPy asks for huge pages; to touch so much memory for the first time in small ones takes longest of all.
         memory = np.empty((number, channels, height, width), np.float32)
         ops.normalised(images.numpy(), self._data.mean, self._data.std, memory)
         out = torch.from_numpy(memory)

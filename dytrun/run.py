@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import images, machine, norm, optim, owner, replay, resume, terminal, watchdog
+from dytrun import jpeg, machine, norm, optim, owner, replay, resume, terminal, watchdog
 from dytrun.agreement import Diverged, Interrupted
 from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
@@ -228,7 +228,7 @@ def versions() -> dict[str, str]:
     return {
         "dytrun": dytrun.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
-        "pillow": PIL.__version__, "jpeg_decoder": images.decoder(),
+        "pillow": PIL.__version__, "jpeg_decoder": jpeg.decoder(),
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import _tree, dytrun, image_files
 from timm.data import auto_augment
 
-from dytrun import bench_data, bench_stages, compose, machine, paired, pixels, timm_loader
+from dytrun import bench_data, bench_stages, compose, jpeg, machine, paired, pixels, timm_loader
 from dytrun.augment import seeded, train_transform
 from dytrun.bench_data import Fed
 from dytrun.data import RankShare, train_batches
@@ -66,7 +66,7 @@ def test_the_stages_of_an_image_are_told_apart(found):
         # Of images so small the difference that `augment` is may be less than nothing.
         assert row["images/s"] == (f"{1e3 / ms[name]:,.0f}" if ms[name] > 0 else "-")
     assert found.values["stage_images"] == 7
-    assert stages["decode"]["by"] == found.values["decoder"] and found.values["decoder"] in ("simplejpeg", "opencv")
+    assert stages["decode"]["by"] == found.values["decoder"] == jpeg.described()
     assert stages["augment"]["by"] == found.values["pixels"]
 
 
