@@ -58,6 +58,13 @@ class Drawn(NamedTuple):
     operations: Sequence[Operation] = ()
 
 
+class Deferred(NamedTuple):
+    """A JPEG, and what somebody else is to do to it."""
+
+    jpeg: bytes | memoryview
+    drawn: Drawn
+
+
 Transform = Callable[[Picture], Pixels]
 Drawer = Callable[[int, int], Drawn]
 """Height and width of an image → what is to be done to it."""
@@ -126,12 +133,24 @@ def transform(draw: Drawer) -> Transform:
 
     def transformed(picture: Picture) -> Pixels:
         drawn = draw(picture.height, picture.width)
-        top, left, height, width = drawn.box
-        kept = picture.pixels()[top : top + height, left : left + width]
+        is_whole = drawn.box == (0, 0, picture.height, picture.width)
+        kept = picture.pixels() if is_whole else picture.part(*drawn.box)
         pixels = ops.resized(kept, drawn.size, drawn.window, drawn.interpolation)
         return done(drawn.operations, ops.flipped(pixels) if drawn.is_flipped else pixels)
 
     return transformed
+
+
+def deferring(draw: Drawer) -> Callable[[Picture], Pixels | Deferred]:
+    """Make the function that does to a picture what `transform` does, but leaves a plain JPEG to somebody else."""
+    transformed = transform(draw)
+
+    def deferred(picture: Picture) -> Pixels | Deferred:
+        if picture.jpeg is None:
+            return transformed(picture)
+        return Deferred(picture.jpeg, draw(picture.height, picture.width))
+
+    return deferred
 
 
 def train_transform(augment: AugmentConfig, data: DataConfig) -> Transform:

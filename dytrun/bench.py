@@ -23,20 +23,22 @@ def run(config: BenchConfig, say: Callable[[str], None]) -> Found:
     Raises:
         UserError: an arm is not to be had here, or a shape does not fit it.
     """
-    from dytrun import bench_model, bench_norm, bench_stack, bench_trainer  # each takes its own libraries along
+    # Each takes its own libraries along.
+    from dytrun import bench_data, bench_model, bench_norm, bench_stack, bench_trainer
 
     devices, _ = machine.resolve_devices(config.run.machine.devices)
     device = torch.device("cpu") if devices is None else torch.device("cuda", devices[0])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     machine.prepare_torch(config.run.machine, device)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # no loader works beside it
+    is_alone = config.bench.name != "data"  # no loader works beside it
+    if device.type == "cpu" and is_alone and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.cores())
     if device.type == "cpu":
         torch._inductor.config.compile_threads = 1  # its helpers would still be starting up while others are measured
     instruments = {
         "norm": bench_norm.measure, "model": bench_model.measure, "trainer": bench_trainer.measure,
-        "llama": bench_stack.measure,
+        "llama": bench_stack.measure, "data": bench_data.measure,
     }  # fmt: skip
     say(f"bench={config.bench.name} on {machine.device_name(device)}, torch {torch.__version__}")
     try:

@@ -9,7 +9,7 @@ from dytrun.config import RunConfig
 from dytrun.norm_config import STRICT, Count, Positive
 
 
-def _each_once(names: list[str]) -> list[str]:
+def _each_once(names: list[Any]) -> list[Any]:
     if len({*names}) < len(names):
         raise PydanticCustomError("twice", "each should be named once")
     return names
@@ -19,6 +19,7 @@ def _each_once(names: list[str]) -> list[str]:
 _ROUNDS = Annotated[int, Field(ge=3, le=10_000, strict=True)]
 _CONFIDENCE = Annotated[float, Field(gt=0.5, lt=1)]
 _AutoCount = Literal["auto"] | Count
+_Workers = Annotated[int, Field(ge=0, le=1024, strict=True)]
 Shape = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)+$|^[1-9]\d*(x[1-9]\d*){3}:channels_(first|last)$")]
 NormArm = Literal["ln", "dyt", "formula", "sigmoid", "plain", "native", "torch", "triton", "liger", "rms", "identity"]
 ModelArm = Literal["ln", "dyt", "formula", "rms", "identity"]
@@ -86,11 +87,27 @@ class StackBench(BaseModel):
     out: str | None
 
 
+class DataBench(BaseModel):
+    """`bench=data`: the loader, and whether it feeds the model."""
+
+    model_config = STRICT
+    name: Literal["data"]
+    peer: Literal["timm"] | None
+    peer_root: Annotated[str, Field(min_length=1)] | None
+    workers: Annotated[list[_Workers], Field(min_length=1), AfterValidator(_each_once)] | None
+    batch: _AutoCount
+    rounds: _ROUNDS
+    unit_s: Positive
+    device: bool
+    confidence: _CONFIDENCE
+    out: str | None
+
+
 class BenchOptions(BaseModel):
     """The group `bench`."""
 
     model_config = STRICT
-    bench: Annotated[NormBench | ModelBench | TrainerBench | StackBench, Field(discriminator="name")]
+    bench: Annotated[NormBench | ModelBench | TrainerBench | StackBench | DataBench, Field(discriminator="name")]
 
 
 class BenchConfig(NamedTuple):

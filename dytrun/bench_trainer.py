@@ -39,7 +39,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     say(f"{run.model.name}, {run.norm.name}: {size} images a step, {steps} steps a round, {config.bench.rounds} rounds")
 
     def bare() -> Callable[[], float]:
-        state = _state(run, device)
+        state = training_state(run, device)
 
         def once() -> None:
             for _ in range(steps):
@@ -49,7 +49,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
         return lambda: timing.wall_ms(once) / steps
 
     with tempfile.TemporaryDirectory(prefix="dytrun-bench-") as scratch:
-        state, plan = _state(run, device), Plan(_FOREVER, _FOREVER, 0, size, 1)
+        state, plan = training_state(run, device), Plan(_FOREVER, _FOREVER, 0, size, 1)
         sites = [name for name, _ in state.model.named_parameters() if name.endswith(".alpha")]
         around = Surroundings(
             plan, Place(0, 1, device), Clock(device, size), itertools.repeat(batch), lambda: iter(()), 0,
@@ -97,7 +97,8 @@ def _as_measured(run: RunConfig, steps: int) -> RunConfig:
     return at_rest(run).model_copy(update={"tracking": tracking, "checkpoint": checkpoint})
 
 
-def _state(run: RunConfig, device: torch.device) -> State:
+def training_state(run: RunConfig, device: torch.device) -> State:
+    """Build the model that `norm=` says, compiled if that is asked for, and its optimizer."""
     model, _ = arm.build_arm(run, run.data.num_classes or 1000)
     model = put_on(model, run, device)
     compile_model(model, run.machine.compile)

@@ -3,8 +3,10 @@
 Nothing heavy is imported before a configuration is composed and valid.
 """
 
+import atexit
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -12,12 +14,22 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dytrun import __version__, compose, guard, stop
-from dytrun.errors import UserError, first_line
+from dytrun.errors import RunError, UserError, first_line
 from dytrun.task import DONE, FAILED, WRONG_INPUT, Outcome, Task, exit_code, outcomes
-from dytrun.usage import COMMANDS, CONF, command_help, config_dir_of, flag_name, is_bare, usage
+from dytrun.usage import (
+    COMMANDS,
+    CONF,
+    DATA,
+    command_help,
+    config_dir_of,
+    config_name,
+    flag_name,
+    is_bare,
+    usage,
+)
 
 # Flags with which Hydra shows something instead of running.
 _COMPLETE = ("--shell-completion", "-sc")
@@ -44,7 +56,20 @@ def main() -> int:
         return DONE
     except KeyboardInterrupt:
         print("dytrun: stopped", file=sys.stderr)
-        return stop.STOPPED
+        _leave(stop.STOPPED)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit now, after what is registered for the end.
+
+    Where an interrupt has come within an exec() (of a namedtuple, of an import), CPython run by `-m` would kill itself
+    by SIGINT at its end, although the interrupt was caught, and the exit code would be another.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _main(args: list[str]) -> int:
@@ -60,18 +85,22 @@ def _main(args: list[str]) -> int:
         args = ["bench", *args]
     verb, *rest = args
     if verb not in COMMANDS:
-        from dytrun.validation import near
-
-        raise UserError(
-            f"'{verb}' is no command{near(verb, list(COMMANDS)) or ';'} the commands are {', '.join(COMMANDS)}"
-        )
+        _refuse_word(verb, list(COMMANDS), [*COMMANDS, *(f"data {word}" for word in DATA)])
+    if verb == "data" and rest[:1] not in ([], ["--help"], ["-h"]):
+        word, *rest = rest
+        if word not in DATA:
+            _refuse_word(word, list(DATA), list(DATA))
+        verb = f"data {word}"
+    if verb == "data" and not rest:
+        raise UserError(f"dytrun data: do what? say {' or '.join(f'dytrun data {word}' for word in DATA)}")
     if "--help" in rest or "-h" in rest:
         print(command_help(verb, config_dir_of(rest)))
         return DONE
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         if verb == "train":
             raise UserError(f"'{rest[0]}' is no key=value; see dytrun train --help")
-        rest[0] = f"bench={rest[0]}" if verb == "bench" else f"dir={compose.quoted(rest[0])}"
+        key = "source" if verb == "data pack" else "dir"
+        rest[0] = f"bench={rest[0]}" if verb == "bench" else f"{key}={compose.quoted(rest[0])}"
     if (
         len(rest) > 1
         and verb != "train"
@@ -81,7 +110,16 @@ def _main(args: list[str]) -> int:
         raise UserError(f"{extra[0]}: dytrun {verb} takes one {what} and key=value, and does not sweep")
     if any(flag_name(arg) in _SHOW for arg in rest):
         return _show(verb, [arg for arg in rest if arg not in compose.MULTIRUN])
-    return {"train": _train, "eval": _eval, "replay": _replay, "bench": _bench, "report": _report}[verb](rest)
+    return {
+        "train": _train, "eval": _eval, "replay": _replay, "bench": _bench, "report": _report, "data pack": _pack,
+        "data verify": _verify,
+    }[verb](rest)  # fmt: skip
+
+
+def _refuse_word(word: str, known: list[str], meant: list[str]) -> NoReturn:
+    from dytrun.validation import near
+
+    raise UserError(f"'{word}' is no command{near(word, meant) or ';'} the commands are {', '.join(known)}")
 
 
 def _train(args: list[str]) -> int:
@@ -221,6 +259,27 @@ def _bench(args: list[str]) -> int:
     return DONE
 
 
+def _pack(args: list[str]) -> int:
+    from dytrun import commands
+
+    try:
+        commands.pack(compose.expand(args, "data pack").configs[0])
+    except KeyboardInterrupt:
+        print("dytrun: stopped; type the command again, and it goes on after the files that are whole", file=sys.stderr)
+        return stop.STOPPED
+    except RunError as error:
+        print(f"dytrun: {guard.struck(str(error))}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _verify(args: list[str]) -> int:
+    from dytrun import commands
+
+    commands.verify(compose.expand(args, "data verify").configs[0])
+    return DONE
+
+
 def _report(args: list[str]) -> int:
     from dytrun import commands
 
@@ -249,7 +308,7 @@ def _hydra(verb: str, args: list[str], task: Callable[[Any], Any]) -> None:
     sys.argv = ["dytrun", *overrides, *(arg for arg in args if arg not in overrides)]
     try:
         with compose.raw_errors():
-            hydra.main(config_path=str(CONF), config_name=verb, **compose.version_base())(task)()
+            hydra.main(config_path=str(CONF), config_name=config_name(verb), **compose.version_base())(task)()
     except Exception as error:
         compose.raise_composition(error)
 
@@ -262,8 +321,14 @@ def _complete(args: list[str]) -> int:
         print(" ".join(COMMANDS))
         return DONE
     verb = words[1]
-    if verb in COMMANDS:
-        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)
-        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    if verb == "data":
+        if len(words) < 3 or (len(words) == 3 and not line.endswith(" ")):
+            print(" ".join(DATA))
+            return DONE
+        verb = f"data {words[2]}"
+    if verb in COMMANDS or verb in {f"data {word}" for word in DATA}:
+        # Without the command, and without the directory behind it, which Hydra would take for a wrong override.
+        line = re.sub(rf"^(\S+)\s+{verb.replace(' ', chr(92) + 's+')}(\s+[^\s=-][^\s=]*(?=\s))?", r"\1", line)
+        os.environ["COMP_LINE"], os.environ["COMP_POINT"] = line, str(len(line))
         return _show(verb, args)
     return DONE

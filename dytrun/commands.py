@@ -1,16 +1,24 @@
 """What each command does with a valid configuration, and what a person is shown of it."""
 
+import shlex
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from dytrun import launch, owner, terminal
 from dytrun.bench_config import BenchConfig
 from dytrun.config import EvalConfig, Published, ReplayConfig, RunConfig
+from dytrun.errors import UserError
+from dytrun.pack_config import PackConfig, VerifyConfig
 from dytrun.records import RunResult, difference
 from dytrun.task import Ending
 
 # What a sweep's closing table is made with; `dytrun report` takes others.
 _BASELINE, _CONFIDENCE = "ln", 0.95
+# ImageNet-1K's; a pack of so many is offered to data=imagenet.
+_IMAGENET_CLASSES = 1000
+# Of a damaged pack no more lines are printed.
+_MOST_PROBLEMS = 20
 
 
 def train(config: RunConfig, page: RunConfig | None) -> tuple[Ending, float | None]:
@@ -101,6 +109,57 @@ def bench(config: BenchConfig) -> None:
         terminal.table(table.title, table.columns, table.rows, table.notes)
     instrument.keep(path, config, found)
     terminal.line(f"{path} written")
+
+
+def pack(config: PackConfig) -> None:
+    """Make a pack and say what it came to, and how to train on it."""
+    from dytrun.pack import pack as make  # with Pillow and NumPy
+
+    made = make(config)
+    manifest, splits = made.manifest, made.manifest.splits
+    num = sum(one.num for one in splits.values())
+    files = [file for one in splits.values() for file in (*one.shards, one.index)]
+    size = sum(file.bytes for file in files)
+    rows = [
+        ("made from", str(manifest.made_from)),
+        ("holds", f"{', '.join(f'{name} {one.num:,}' for name, one in splits.items())} images in "
+         f"{len(manifest.classes):,} classes; {size / 2**20:,.1f} MiB in {len(files) + 1} files"),
+    ]  # fmt: skip
+    if kept := sum(len(one.unreadable) for one in splits.values()):
+        rows.append(("unreadable", f"{kept} image(s), packed as they are; pack.json names them"))
+    if not made.was_there:
+        rows.append(("took", f"{made.seconds:,.1f} s: {num / made.seconds:,.0f} images/s, "
+                     f"{size / 2**20 / made.seconds:,.1f} MiB/s"))  # fmt: skip
+    name = "imagenet" if len(manifest.classes) == _IMAGENET_CLASSES else "folder"
+    typed = f"dytrun train data={name} data.root={shlex.quote(str(Path(config.out).resolve()))}"
+    for key in ("train_split", "val_split"):
+        typed += f" data.{key}={value}" if (value := getattr(config, key)) != key.partition("_")[0] else ""
+    rows.append(("to train", typed if len(splits) == 2 else f"it lacks {' and '.join(_missing(config, splits))}"))
+    terminal.pairs(f"{config.out}: {'complete already' if made.was_there else 'packed'}", rows)
+
+
+def _missing(config: PackConfig, splits: Collection[str]) -> list[str]:
+    return [split for split in (config.train_split, config.val_split) if split not in splits]
+
+
+def verify(config: VerifyConfig) -> None:
+    """Read every byte of a pack and say that all is well.
+
+    Raises:
+        UserError: what is damaged, a line each.
+    """
+    from dytrun import shards
+
+    path = Path(config.dir)
+    manifest = shards.open_pack(path)
+    num = sum(one.num for one in manifest.splits.values())
+    with terminal.moving(f"verifying {path}", num) as report:
+        problems = shards.verify(path, manifest, report)
+    if problems:
+        rest = [f"{path}: {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        raise UserError(*problems[:_MOST_PROBLEMS], *rest, f"{path}: damaged; remove it, and pack it again")
+    size = sum(shard.bytes for one in manifest.splits.values() for shard in one.shards)
+    terminal.line(f"{path}: {num:,} images, {size / 2**20:,.1f} MiB, all as they were packed ({manifest.made_from})")
 
 
 def close_sweep(runs_dir: Path, num_runs: int) -> None:

@@ -16,9 +16,16 @@ from typing import Any, NoReturn
 
 from dytrun import guard
 from dytrun.errors import UserError
-from dytrun.usage import CONF, config_dir_of
+from dytrun.usage import CONF, config_dir_of, config_name
 
 MULTIRUN = ("--multirun", "-m")
+# What a command cannot do without, and what is said where it is missing.
+_NEEDED = {
+    "eval": {"dir": "dir: which run? say dytrun eval DIR"},
+    "replay": {"dir": "dir: which run? say dytrun replay DIR"},
+    "data pack": {"source": "source: pack what? say dytrun data pack SRC out=DIR", "out": "out: where to? say out=DIR"},
+    "data verify": {"dir": "dir: which pack? say dytrun data verify DIR"},
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,7 @@ def validated(verb: str, cfg: Any) -> Any:
     from omegaconf import OmegaConf
 
     from dytrun.config import EvalConfig, ReplayConfig, ReportConfig, RunConfig
+    from dytrun.pack_config import PackConfig, VerifyConfig
     from dytrun.validation import validate
 
     cfg = _without_hydra(cfg)
@@ -131,11 +139,12 @@ def validated(verb: str, cfg: Any) -> Any:
         raise UserError(*(f"{key}: a value is needed; say {key}=…" for key in missing))
     values = plain(cfg)
     guard.check_values(values)
-    if verb in ("eval", "replay") and values.get("dir") is None:
-        raise UserError(f"dir: which run? say dytrun {verb} DIR")
+    if verb in _NEEDED and (lacking := [said for key, said in _NEEDED[verb].items() if values.get(key) is None]):
+        raise UserError(*lacking)
     if verb == "bench":
         return _bench(values)
-    types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig}
+    types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig,
+             "data pack": PackConfig, "data verify": VerifyConfig}  # fmt: skip
     return validate(types[verb], values)
 
 
@@ -306,7 +315,7 @@ def _composed(compose: Any, verb: str, overrides: list[str]) -> Any:
 @functools.cache
 def _hydra_of_conf(compose: Any, verb: str) -> Any:
     """Return Hydra's own settings as conf/ has them."""
-    return compose(config_name=verb, return_hydra_config=True).hydra
+    return compose(config_name=config_name(verb), return_hydra_config=True).hydra
 
 
 def _loose(compose: Any, verb: str, overrides: list[str]) -> Any:
@@ -315,11 +324,11 @@ def _loose(compose: Any, verb: str, overrides: list[str]) -> Any:
 
     for _ in overrides:
         try:
-            return compose(config_name=verb, overrides=overrides, return_hydra_config=True)
+            return compose(config_name=config_name(verb), overrides=overrides, return_hydra_config=True)
         except ConfigCompositionException as error:
             unknown = re.search(r"Could not override '([^']+)'", str(error))
             index = next((i for i, text in enumerate(overrides) if unknown and text.startswith(f"{unknown[1]}=")), None)
             if index is None or unknown is None or unknown[1].startswith("hydra"):
                 raise
             overrides = [f"++{text}" if i == index else text for i, text in enumerate(overrides)]
-    return compose(config_name=verb, overrides=overrides, return_hydra_config=True)
+    return compose(config_name=config_name(verb), overrides=overrides, return_hydra_config=True)

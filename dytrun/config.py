@@ -109,6 +109,8 @@ class MachineConfig(BaseModel):
     model_config = STRICT
     devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
+    loader: Literal["torch", "dali"]
+    """Who decodes and augments: processes of torch's DataLoader, or NVIDIA DALI."""
     max_batch_per_rank: Count | None
     eval_batch_per_rank: Count
     compile: Annotated[Literal["off", "blocks", "model"], _unbool]

@@ -8,117 +8,109 @@ What DALI cannot decode, or could decode otherwise (no JPEG, CMYK), dytrun makes
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
-from dytrun.augment import Drawer
-from dytrun.dali_graph import Deferred, Look, Pipeline
+from dytrun.augment import Deferred
+from dytrun.dali_graph import Look, Pipeline
 from dytrun.errors import first_line
-from dytrun.images import Picture
-from dytrun.pixels import Pixels
 
 # Batches that are under way while one is handed over.
 _AHEAD = 2
 
 
-class Sample(Protocol):
-    """What a data set returns for a key."""
-
-    @property
-    def pixels(self) -> Pixels | Deferred:
-        """The image, or what makes it."""
-        ...
-
-
-class Source(NamedTuple):
-    """A data set, twice: with its JPEGs left to DALI, and with every image made by dytrun."""
-
-    deferring: Callable[[Any], Sample]
-    making: Callable[[Any], Sample]
-    batches: Iterable[Sequence[Hashable]]
-    """The keys of each batch."""
-
-
-def deferring(draw: Drawer, transform: Callable[[Picture], Pixels]) -> Callable[[Picture], Pixels | Deferred]:
-    """Make the function that draws what becomes of a JPEG, and has `transform` make of another picture what it would.
-
-    Both draw the same numbers.
-    """
-
-    def deferred(picture: Picture) -> Pixels | Deferred:
-        if picture.jpeg is None:
-            return transform(picture)
-        return Deferred(picture.jpeg, draw(picture.height, picture.width))
-
-    return deferred
-
-
 class DaliLoader:
-    """Batches of samples and their images, in order; can be gone through again."""
+    """Keys of batches → batches, in order; can be gone through again."""
 
-    def __init__(self, source: Source, look: Look, device: torch.device, threads: int):
-        """Build the pipeline, whose `threads` end with the process."""
-        self._source, self._look, self._device, self._threads = source, look, device, max(1, threads)
-        self._pipeline = self._built()
-        self._waiting: deque[tuple[Sequence[Hashable], list[Sample]]] = deque()
+    def __init__(
+        self,
+        images: tuple[Any, Any],
+        batches: Iterable[Sequence[Any]],
+        collate: Callable[[list, Tensor], Any],
+        look: Look,
+        place: tuple[torch.device, int],
+    ):
+        """Take what makes, or draws, the images.
 
-    def __iter__(self) -> Iterator[tuple[list[Sample], UInt8[Tensor, "b h w 3"]]]:
+        Args:
+            images: two data sets, key → sample, whose `pixels` is `Deferred` or an image in one, an image in the other.
+            batches: the keys of each.
+            collate: makes a batch of its samples and their images (B, H, W, 3), in 8 bits on the device.
+            look: of the images.
+            place: device, and DALI's threads.
+        """
+        self._deferring, self._making = images
+        self._batches, self._collate, self._look, self._place = batches, collate, look, place
+        self._largest = 0
+        self._pipeline: Pipeline | None = None
+        self._waiting: deque[tuple[Sequence[Any], list]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
         if self._waiting:  # somebody has left in the middle
             self._waiting.clear()
-            self._pipeline = self._built()
-        for keys in self._source.batches:
-            samples = [self._source.deferring(key) for key in keys]
-            self._pipeline.begin(_left_to_dali(samples))
+            self._pipeline = None
+        for keys in self._batches:
+            samples = [self._deferring[key] for key in keys]
+            self._begin(samples)
             self._waiting.append((keys, samples))
             if len(self._waiting) > _AHEAD:
                 yield self._next()
         while self._waiting:
             yield self._next()
 
-    def _built(self) -> "Pipeline":
-        return Pipeline(self._look, self._device, self._threads)
+    def _begin(self, samples: list) -> None:
+        """Begin a batch; the first one is the largest."""
+        if self._pipeline is None:
+            self._largest = max(self._largest, len(samples))
+            self._pipeline = Pipeline(self._look, self._largest, _AHEAD + 1, self._place)
+        self._pipeline.begin([sample.pixels for sample in samples if isinstance(sample.pixels, Deferred)])
 
-    def _next(self) -> tuple[list[Sample], Tensor]:
+    def _finished(self) -> Tensor | None:
+        assert self._pipeline is not None
+        return self._pipeline.finished()
+
+    def _next(self) -> Any:
         keys, samples = self._waiting.popleft()
         try:
-            made = self._pipeline.finished()
+            made = self._finished()
         except RuntimeError as error:
             samples, made = self._mended(keys, samples, error)
-        images = torch.empty((len(samples), self._look.size, self._look.size, 3), dtype=torch.uint8)
-        images = images.to(self._device)
-        rows = [row for row, sample in enumerate(samples) if isinstance(sample.pixels, Deferred)]
+        if made is not None and len(made) == len(samples):
+            return self._collate(samples, made)
+        size, device = self._look.size, self._place[0]
+        images = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, device=device)
+        is_left = torch.tensor([isinstance(sample.pixels, Deferred) for sample in samples], device=device)
         if made is not None:
-            images[rows] = made
-        for row in set(range(len(samples))) - set(rows):
-            images[row] = torch.from_numpy(samples[row].pixels).to(self._device)
-        return samples, images
+            images[is_left] = made
+        for row, sample in enumerate(samples):
+            if not isinstance(sample.pixels, Deferred):
+                images[row] = torch.from_numpy(sample.pixels).to(device)
+        return self._collate(samples, images)
 
-    def _mended(
-        self, keys: Sequence[Hashable], samples: list[Sample], error: RuntimeError
-    ) -> tuple[list[Sample], Tensor | None]:
-        """Find the images of a batch that DALI cannot decode, one by one, and make them without it."""
-        alone = Pipeline(self._look._replace(batch=1), self._device, 1)
-        mended = []
-        for key, sample in zip(keys, samples, strict=True):
-            try:
-                alone.begin(_left_to_dali([sample]))
-                alone.finished()
-            except RuntimeError:
-                alone = Pipeline(self._look._replace(batch=1), self._device, 1)
-                sample = self._source.making(key)
-            mended.append(sample)
+    def _mended(self, keys: Sequence[Any], samples: list, error: RuntimeError) -> tuple[list, Tensor | None]:
+        """Find the images of a batch that DALI cannot decode, one by one, and make them without it.
+
+        DALI names none of them, and a pipeline that has failed does nothing more.
+        """
+        mended = [sample if self._can_be_made(sample) else self._making[key]
+                  for key, sample in zip(keys, samples, strict=True)]  # fmt: skip
         if all(one is other for one, other in zip(mended, samples, strict=True)):
-            raise RuntimeError(f"DALI failed, on no image alone: {first_line(error)}") from error
-        # A pipeline that has failed does nothing more.
-        self._pipeline = self._built()
+            raise RuntimeError(f"DALI failed, though on none of the images alone: {first_line(error)}") from error
+        self._pipeline = None
         for batch in [mended, *(later for _, later in self._waiting)]:
-            self._pipeline.begin(_left_to_dali(batch))
-        return mended, self._pipeline.finished()
+            self._begin(batch)
+        return mended, self._finished()
 
-
-def _left_to_dali(samples: Sequence[Sample]) -> list[Deferred]:
-    return [sample.pixels for sample in samples if isinstance(sample.pixels, Deferred)]
+    def _can_be_made(self, sample: Any) -> bool:
+        if not isinstance(sample.pixels, Deferred):
+            return True
+        alone = Pipeline(self._look, 1, 1, (self._place[0], 1))
+        alone.begin([sample.pixels])
+        try:
+            alone.finished()
+        except RuntimeError:
+            return False
+        return True

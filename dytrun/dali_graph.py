@@ -11,11 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float32
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia import dali  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 from torch import Tensor
 
-from dytrun.augment import Drawn
+from dytrun.augment import Deferred
 from dytrun.rand_augment import WARPING, Operation, filter_name
+
+# Its annotations say neither which constants there are nor what a node of the graph can do.
+fn: Any = dali.fn
+math: Any = dali.math
+types: Any = dali.types
 
 _FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _HIGHEST = 255
@@ -24,37 +29,29 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 _ALONE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 
 
-class Deferred(NamedTuple):
-    """A JPEG that DALI has still to make an image of."""
-
-    jpeg: bytes | memoryview
-    drawn: Drawn
-
-
 class Look(NamedTuple):
-    """What a pipeline is made for."""
+    """What images a pipeline makes."""
 
-    batch: int
-    """Images at most."""
     size: int
     """Side of the images that come out, in pixels."""
     num_operations: int
     """Of `Drawn.operations` at most."""
     fill: tuple[float, ...]
     """The colour of what is shifted in."""
-    ahead: int
-    """Batches that are begun before one is finished, at most."""
 
 
 class Pipeline:
     """DALI's pipeline: batches go in, and their images come out in the same order."""
 
-    def __init__(self, look: Look, device: torch.device, threads: int):
+    def __init__(self, look: Look, batch: int, depth: int, place: tuple[torch.device, int]):
+        """Take the most images a batch, the most batches begun and not finished, the device and the threads."""
+        device, threads = place
         self._look, self._device = look, device
         number = None if device.type == "cpu" else device.index or 0
+        pipeline_def: Any = dali.pipeline_def
         self._pipe = pipeline_def(_graph, enable_conditionals=True)(
-            look, number is not None, batch_size=look.batch, num_threads=threads, device_id=number,
-            exec_pipelined=False, prefetch_queue_depth=look.ahead + 1,  # else the first run starts several
+            look, number is not None, batch_size=batch, num_threads=max(1, threads), device_id=number,
+            exec_pipelined=False, prefetch_queue_depth=depth,  # else the first run starts several
         )  # fmt: skip
         self._pipe.build()
         self._sizes: deque[int] = deque()
@@ -93,7 +90,10 @@ class Pipeline:
         """
         if self._sizes.popleft() == 0:
             return None
-        (images,) = self._pipe.share_outputs()
+        try:
+            (images,) = self._pipe.share_outputs()
+        except IndexError as error:  # of a pipeline that failed before
+            raise RuntimeError(str(error)) from error
         if self._device.type == "cpu":
             made = torch.from_numpy(np.array(images.as_array()))
         else:
@@ -192,7 +192,7 @@ def _solarize_add(image: Any, add: Any, *_: Any) -> Any:
 
 
 def _color(image: Any, factor: Any, *_: Any) -> Any:
-    gray = _gray(image)
+    gray = fn.cast(_gray(image), dtype=types.FLOAT)  # 8-bit differences would wrap around
     return _truncated(gray + factor * (image - gray))
 
 

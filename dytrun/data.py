@@ -7,43 +7,52 @@ loader processes changes nothing. So is what stands in for a training image that
 chosen by (seed, index).
 """
 
-import ctypes
-import multiprocessing
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from setproctitle import getproctitle, setproctitle, setthreadtitle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dytrun import jpeg, machine
 from dytrun import pixels as ops
-from dytrun.augment import erased_box, eval_resize, eval_transform, key, seeded, train_transform
+from dytrun.augment import (
+    Deferred,
+    Drawer,
+    deferring,
+    erased_box,
+    eval_drawer,
+    eval_resize,
+    key,
+    num_operations,
+    seeded,
+    train_drawer,
+    transform,
+)  # fmt: skip
 from dytrun.batch import BadImage, Batch
 from dytrun.config import DataConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.finish import Erased, Finish, Mixing, mixed_targets, mixing_drawer
 from dytrun.images import MOST_PIXELS, Picture, Unreadable
+from dytrun.processes import readable, start_worker
+from dytrun.rand_augment import filling
 from dytrun.sources import Data, Split
-from dytrun.stop import SIGNALS
 
 # Streams of randomness: unrelated numbers for the same (seed, step).
 INIT, _ORDER, _AUGMENT, _MIX, _SUBSTITUTE, _ERASE = range(6)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Evaluation batches for each loader process, below which the rank loads them itself.
 _BATCHES_WORTH_A_PROCESS = 4
 # Bytes of 8-bit images that the loader processes of a rank may hold ready, and batches for each of them.
 _READY_BYTES, _FEWEST_READY, _MOST_READY = 256 * 2**20, 2, 8
+_Made = Callable[[Drawer], Callable[[Picture], ops.Pixels | Deferred]]
 
 
 class _Sample(NamedTuple):
-    pixels: ops.Pixels
+    pixels: ops.Pixels | Deferred
     label: int
     number: int
     """Its index in the split."""
@@ -76,31 +85,49 @@ def train_batches(
     When a micro-batch is handed over, the global generators stand at (seed, step, place in the global batch): what
     the model draws in its forward pass (drop-path) is keyed by that too.
 
-    The loader processes start at once, before the caller starts threads that a fork would tear.
+    The loader processes start at once, before the caller starts threads that a fork would tear. DALI has threads
+    instead, as many.
 
     Raises:
-        UserError: no image of a class can be read (while the batches are gone through).
+        UserError: DALI is asked for and not there; no image of a class can be read (while the batches are gone
+            through).
     """
-    images = _TrainImages(config, data.train)
+    images = TrainImages(config, data.train)
     order = _Order(len(data.train.labels), config.seed, rank_share)
-    ready = _ready_batches(rank_share.batch_per_rank, config.data.image_size, workers)
-    loader = _loader(images, order, device, workers, ready)
+    if config.machine.loader == "dali":
+        both = TrainImages(config, data.train, deferring), images
+        loader = _dali_loader(both, order, config.data, num_operations(config.augment), (device, workers))
+    else:
+        ready = _ready_batches(rank_share.batch_per_rank, config.data.image_size, workers)
+        loader = _loader(images, order, device, workers, ready)
     return _finished(config, data.num_classes, rank_share, device, iter(loader))
 
 
 class ValBatches:
     """This rank's share of the validation images, every one once over all ranks; can be gone through again."""
 
-    def __init__(self, data: DataConfig, split: Split, batch: int, workers: int, place: tuple[int, int, torch.device]):
+    def __init__(
+        self,
+        data: DataConfig,
+        split: Split,
+        batch: int,
+        workers: int,
+        place: tuple[int, int, torch.device],
+        loader: str = "torch",
+    ):
         """Take (rank, world, device) as `place`; the last batch may be smaller, and there may be none."""
         rank, world, self._device = place
         positions = range(rank, len(split.labels), world)
         batches = [list(positions[i : i + batch]) for i in range(0, len(positions), batch)]
+        self._finish, images = Finish(data, "const", self._device), _ValImages(data, split)
+        if loader == "dali":
+            both = _ValImages(data, split, deferring), images
+            self._loader = _dali_loader(both, batches, data, 0, (self._device, workers))
+            return
         # A process that has only a few batches to load costs more than it brings.
         workers = workers if len(batches) >= _BATCHES_WORTH_A_PROCESS * workers else 0
         ready = _ready_batches(batch, data.image_size, workers)
-        self._loader = _loader(_ValImages(data, split), batches, self._device, workers, ready)
-        self._finish = Finish(data, "const", self._device)
+        self._loader = _loader(images, batches, self._device, workers, ready)
         if workers:
             iter(self._loader)
 
@@ -110,7 +137,7 @@ class ValBatches:
         Raises:
             UserError: an image cannot be read; there is no accuracy over the others.
         """
-        for loaded in _on_device(_readable(iter(self._loader)), self._device):
+        for loaded in _on_device(readable(iter(self._loader)), self._device):
             yield Batch(self._finish(loaded.images), loaded.labels, loaded.indices)
 
 
@@ -155,14 +182,17 @@ class _Order:
                 yield [(epoch, int(i)) for i in order[first : first + share.batch_per_rank]]
 
 
-class _TrainImages(Dataset):
-    def __init__(self, config: RunConfig, split: Split):
-        self._split, self._seed, self._size = split, config.seed, config.data.image_size
-        self._transform, self._erase_prob = train_transform(config.augment, config.data), config.augment.erase_prob
+class TrainImages(Dataset):
+    """(epoch, index) → an augmented training image, as a loader process makes it."""
+
+    def __init__(self, config: RunConfig, split: Split, made: _Made = transform):
+        self.split, self._seed, self._size = split, config.seed, config.data.image_size
+        self._transform, self._erase_prob = made(train_drawer(config.augment, config.data)), config.augment.erase_prob
         # A random crop comes before its resizing, and makes no image larger than it is.
         self._resized = eval_resize(config.data) if config.augment.scale is None else None
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> _Sample:
+        """Draw and compute one image; another of its class stands in for one that cannot be read."""
         epoch, index = epoch_and_index
         bad = None
         try:
@@ -171,43 +201,43 @@ class _TrainImages(Dataset):
             pixels, bad = self._substitute(epoch, index, error)
         box = erased_box(self._size, self._erase_prob)
         erased = Erased(box, key(self._seed, _ERASE, epoch, index) if box.height else 0)
-        return _Sample(pixels, int(self._split.labels[index]), index, erased, bad)
+        return _Sample(pixels, int(self.split.labels[index]), index, erased, bad)
 
-    def _augmented(self, read: int, epoch: int, index: int) -> ops.Pixels:
+    def _augmented(self, read: int, epoch: int, index: int) -> ops.Pixels | Deferred:
         """Read an image and augment it as `index` is in that epoch."""
-        picture = _opened(self._split, read, self._resized)
+        picture = _opened(self.split, read, self._resized)
         seeded(self._seed, _AUGMENT, epoch, index)
         return self._transform(picture)
 
-    def _substitute(self, epoch: int, index: int, error: Unreadable) -> tuple[ops.Pixels, BadImage]:
+    def _substitute(self, epoch: int, index: int, error: Unreadable) -> tuple[ops.Pixels | Deferred, BadImage]:
         """Take another image of the class: the first readable one of a permutation keyed by the seed and the index."""
-        others = np.flatnonzero(self._split.labels == self._split.labels[index])
+        others = np.flatnonzero(self.split.labels == self.split.labels[index])
         order = np.random.Generator(np.random.Philox(key(self._seed, _SUBSTITUTE, index))).permutation(others)
         for other in map(int, order[order != index]):
             try:
                 pixels = self._augmented(other, epoch, index)
             except Unreadable:
                 continue
-            return pixels, BadImage(error.path, error.why, self._split.paths[other])
+            return pixels, BadImage(error.path, error.why, self.split.paths[other])
         raise UserError(
-            f"{self._split.class_folder(index)}: no image of this class can be read, {error.path} for one "
+            f"{self.split.class_folder(index)}: no image of this class can be read, {error.path} for one "
             f"({error.why}); mend them"
         )
 
 
 class _ValImages(Dataset):
-    def __init__(self, data: DataConfig, split: Split):
-        self._split, self._transform, self._resized = split, eval_transform(data), eval_resize(data)
+    def __init__(self, data: DataConfig, split: Split, made: _Made = transform):
+        self.split, self._transform, self._resized = split, made(eval_drawer(data)), eval_resize(data)
 
     def __len__(self) -> int:
-        return len(self._split.labels)
+        return len(self.split.labels)
 
     def __getitem__(self, index: int) -> _Sample:
         try:
-            pixels = self._transform(_opened(self._split, index, self._resized))
+            pixels = self._transform(_opened(self.split, index, self._resized))
         except Unreadable as error:
             raise UserError(str(error)) from None
-        return _Sample(pixels, int(self._split.labels[index]), index)
+        return _Sample(pixels, int(self.split.labels[index]), index)
 
 
 def _opened(split: Split, index: int, resized: int | None) -> Picture:
@@ -219,9 +249,10 @@ def _opened(split: Split, index: int, resized: int | None) -> Picture:
     return picture
 
 
-def _collate(samples: list[_Sample]) -> _Loaded:
-    # In a loader process this stacks them in memory that it shares with the rank.
-    images = default_collate([torch.from_numpy(sample.pixels) for sample in samples])
+def _collate(samples: list[_Sample], made: UInt8[Tensor, "b h w 3"] | None = None) -> _Loaded:
+    images = made
+    if images is None:  # in a loader process this stacks them in memory that it shares with the rank
+        images = default_collate([torch.from_numpy(sample.pixels) for sample in samples])
     labels, indices = (torch.tensor(numbers) for numbers in zip(*(sample[1:3] for sample in samples), strict=True))
     erased = torch.tensor([(*sample.erased.box, sample.erased.key) for sample in samples])
     return _Loaded(images, labels, indices, erased, {one.number: one.bad for one in samples if one.bad is not None})
@@ -232,10 +263,26 @@ def _ready_batches(batch: int, size: int, workers: int) -> int:
     return max(_FEWEST_READY, min(_MOST_READY, _READY_BYTES // (batch * size * size * 3 * max(1, workers))))
 
 
+def _dali_loader(
+    images: tuple["TrainImages | _ValImages", Dataset],
+    batches: Iterable[Sequence[object]],
+    data: DataConfig,
+    operations: int,
+    place: tuple[torch.device, int],
+) -> Iterable[_Loaded]:
+    machine.check_loader("dali", data.name, bool(images[0].split.paths))
+    from dytrun.dali import DaliLoader
+    from dytrun.dali_graph import Look
+
+    return DaliLoader(images, batches, _collate, Look(data.image_size, operations, filling(data.mean)), place)
+
+
 def _loader(
     images: Dataset, batches: Iterable[Sequence[object]], device: torch.device, workers: int, ready: int
 ) -> DataLoader:
-    ops.implementation()  # compiled here once, and not by each of the processes
+    # Compiled here once, and not by each of the processes.
+    ops.implementation()
+    jpeg.described()
     # More processes than cores are what the user asked for.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(
@@ -246,7 +293,7 @@ def _loader(
         prefetch_factor=ready if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # A rank is itself a child of a fork server, and would start one of its own: ten seconds of imports, and
         # processes that outlive a rank that is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -258,7 +305,7 @@ def _finished(
 ) -> Iterator[Batch]:
     finish, augment = Finish(config.data, config.augment.erase_mode, device), config.augment
     draw = mixing_drawer(augment, num_classes, config.data.image_size)
-    for count, (images, labels, indices, erased, bad) in enumerate(_on_device(_readable(loaded), device)):
+    for count, (images, labels, indices, erased, bad) in enumerate(_on_device(readable(loaded), device)):
         step, micro = divmod(count, share.accumulation)
         seeded(config.seed, _MIX, share.first_step + step, share.offset(micro))
         mixing, targets = Mixing(), labels
@@ -297,44 +344,3 @@ def _on_device(loaded: Iterator[_Loaded], device: torch.device) -> Iterator[_Loa
             yield handed(*current)
     if ahead is not None:
         yield handed(*ahead)
-
-
-def _start_worker(_: int) -> None:
-    """Compute on one thread, leave signals to the rank, and end at once when that does, however it ends."""
-    torch.set_num_threads(1)
-    signal.set_wakeup_fd(-1)  # the rank's own pipe, which a fork has inherited
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    setproctitle(getproctitle().replace("dytrun: ", "dytrun: loader of ", 1))
-    setthreadtitle("dytrun-loader")
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _readable(loaded: Iterator[_Loaded]) -> Iterator[_Loaded]:
-    """Go through what is loaded; a worker's UserError arrives wrapped in its traceback, so cut it out again."""
-    try:
-        yield from loaded
-        return
-    except UserError as error:
-        problem = str(error).strip().rpartition("UserError: ")[2]
-        # Its frames hold the loader in a circle. Collected as one, the loader would not reach its processes any more,
-        # and wait five seconds for each.
-        error.__traceback__ = None
-    except (RuntimeError, OSError, EOFError):
-        # What is raised when a loader process has gone depends on where that was; the others' log would mislead.
-        gone = [process for process in getattr(loaded, "_workers", []) if process.exitcode]
-        if not gone:
-            raise
-        how = [signal.Signals(-one.exitcode).name if one.exitcode < 0 else f"exit code {one.exitcode}" for one in gone]
-        named = ", ".join(f"{one.pid} ({why})" for one, why in zip(gone, how, strict=True))
-        raise RuntimeError(f"loader process {named} died; if memory was short, try fewer machine.workers") from None
-    raise UserError(problem)
-
-
-def end_loaders() -> None:
-    """End the loader processes of this one, which heed no signal but this."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
-    for process in multiprocessing.active_children():
-        process.kill()

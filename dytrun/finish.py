@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from timm.data import Mixup
@@ -83,20 +84,34 @@ class Finish:
 
     def _in_place(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
         number, height, width, channels = images.shape
-        out = torch.empty(number, channels, height, width)
-        ops.normalised(images.numpy(), self._data.mean, self._data.std, out.numpy())
+        # NumPy asks for huge pages; to touch so much memory for the first time in small ones takes longest of all.
+        memory = np.empty((number, channels, height, width), np.float32)
+        ops.normalised(images.numpy(), self._data.mean, self._data.std, memory)
+        out = torch.from_numpy(memory)
         for index, (top, left, box_height, box_width, key) in enumerate([] if erased is None else erased.tolist()):
             if box_height:
                 box = (slice(None), slice(top, top + box_height), slice(left, left + box_width))
                 out[index][box] = _filling(torch.tensor(key), self._constants.places[box], self._mode)
-        if mixing.cut is not None:
-            top, left, box_height, box_width = mixing.cut
-            box = (..., slice(top, top + box_height), slice(left, left + box_width))
-            out[box] = out.flip(0)[box]
-        elif mixing.lam != 1:
-            other = out.flip(0).mul_(1 - mixing.lam)
-            out.mul_(mixing.lam).add_(other)
+        if mixing.lam != 1:
+            # Pair by pair, while both are in the cache.
+            for index in range((number + 1) // 2):
+                _mix_pair(out[index], out[number - 1 - index], mixing)
         return out
+
+
+def _mix_pair(one: Tensor, other: Tensor, mixing: Mixing) -> None:
+    """Mix two images with each other in place; they may be the same one, in the middle of a batch."""
+    if mixing.cut is not None:
+        top, left, height, width = mixing.cut
+        box = (..., slice(top, top + height), slice(left, left + width))
+        before = one[box].clone()
+        one[box] = other[box]
+        other[box] = before
+        return
+    from_one, from_other = one * (1 - mixing.lam), other * (1 - mixing.lam)
+    one.mul_(mixing.lam).add_(from_other)
+    if one.data_ptr() != other.data_ptr():
+        other.mul_(mixing.lam).add_(from_one)
 
 
 def constants(data: DataConfig, erase_mode: str, device: torch.device) -> Constants:

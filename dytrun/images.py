@@ -3,14 +3,12 @@
 Always three channels of eight bits: alpha and transparency are dropped, and the EXIF orientation is not applied, as in
 torchvision and timm. Of an animation it is the first frame. The content tells the format, not the name.
 
-A plain JPEG goes through the fastest decoder there is, anything else through Pillow, and so does a JPEG that the fast
-one complains of: Pillow's verdict counts. All of them are libjpeg-turbo, and give the same pixels to the bit.
+Plain JPEGs are decoded by `jpeg.py`, anything else by Pillow, and so is a JPEG that the fast decoder complains of:
+Pillow's verdict counts.
 """
 
-import contextlib
 import errno
 import functools
-import importlib.util
 import io
 import os
 import stat
@@ -22,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from dytrun import jpeg
 from dytrun.errors import first_line
 from dytrun.pixels import Pixels
 
@@ -36,8 +35,6 @@ _WAITS_S = (0.1, 0.4, 1.6)
 _FINAL = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 # So many files in a row that stayed away: it is the disk that is gone, and waiting for each of them would take hours.
 _PATIENT_WITH = 3
-# A JPEG that is whole has its end marker there. Within coded data these two bytes do not occur.
-_END, _END_WITHIN = b"\xff\xd9", 1024
 
 Content = bytes | memoryview | UInt8[np.ndarray, "..."]
 """Of a file; or pixels (H, W) or (H, W, 3) of an image that is in memory."""
@@ -91,14 +88,14 @@ class Picture:
         """
         self._content, self._path = content, path
         self._pixels: Pixels | None = None
-        size = None
-        if isinstance(content, np.ndarray):
-            self._pixels = content if content.ndim == 3 else np.repeat(content[..., None], 3, axis=2)
-        else:
-            size = _plain_jpeg_size(content)
-            if size is None:
-                self._pixels = _by_pillow(content, path)
-        self.height, self.width = size or self._pixels.shape[:2]  # pyright: ignore[reportOptionalMemberAccess]
+        self._header = None if isinstance(content, np.ndarray) else jpeg.header(content)
+        if self._header is not None and self._header.height * self._header.width <= MOST_PIXELS:
+            self.height, self.width, _ = self._header
+            return
+        if not isinstance(content, np.ndarray):
+            content = _by_pillow(content, path)
+        self._pixels = content if content.ndim == 3 else np.repeat(content[..., None], 3, axis=2)
+        self.height, self.width = self._pixels.shape[:2]
 
     @property
     def jpeg(self) -> bytes | memoryview | None:
@@ -113,16 +110,21 @@ class Picture:
         """
         if self._pixels is None:
             assert not isinstance(self._content, np.ndarray)
-            self._pixels = _decoded(self._content, self._path)
+            found = jpeg.whole(self._content)
+            self._pixels = _by_pillow(self._content, self._path) if found is None else found
         return self._pixels
 
+    def part(self, top: int, left: int, height: int, width: int) -> Pixels:
+        """Return a part of the image; of a JPEG no more than that is decoded.
 
-@functools.cache
-def decoder() -> str:
-    """Name what decodes a plain JPEG here: simplejpeg, OpenCV where that is missing, Pillow where both are."""
-    if importlib.util.find_spec("simplejpeg"):
-        return "simplejpeg"
-    return "opencv" if importlib.util.find_spec("cv2") else "pillow"
+        Raises:
+            Unreadable: the content is damaged, there or above; what lies below is not looked at.
+        """
+        if self._pixels is None and self._header is not None and not isinstance(self._content, np.ndarray):
+            found = jpeg.part(self._content, self._header, (top, left, height, width))
+            if found is not None:
+                return found
+        return self.pixels()[top : top + height, left : left + width]
 
 
 def _read(path: str, waits_s: Sequence[float]) -> bytes:
@@ -141,43 +143,6 @@ def _read(path: str, waits_s: Sequence[float]) -> bytes:
             if error.errno in _FINAL or not waits:
                 raise Unreadable(path, error.strerror or first_line(error), error.errno not in _FINAL) from None
             time.sleep(waits.pop(0))
-
-
-def _plain_jpeg_size(content: bytes | memoryview) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG that the fast decoder can be given, from its header."""
-    if bytes(content[:3]) != b"\xff\xd8\xff" or _END not in bytes(content[-_END_WITHIN:]):
-        return None
-    try:
-        if decoder() == "simplejpeg":
-            import simplejpeg
-
-            *size, colors, _ = simplejpeg.decode_jpeg_header(content)
-            height, width = map(int, size)
-            is_plain = colors in ("YCbCr", "Gray")
-        else:
-            with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-                width, height = image.size
-                is_plain = image.mode in ("RGB", "L") and decoder() != "pillow"
-    except Exception:  # it is not plain then; what it is, is for Pillow to say
-        return None
-    return (height, width) if is_plain and 0 < height * width <= MOST_PIXELS else None
-
-
-def _decoded(content: bytes | memoryview, path: str) -> Pixels:
-    if decoder() == "simplejpeg":
-        import simplejpeg
-
-        with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(content, "RGB")
-    else:
-        import cv2
-
-        cv2.setNumThreads(0)
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-        if pixels is not None:
-            return pixels
-    return _by_pillow(content, path)
 
 
 def _by_pillow(content: bytes | memoryview, path: str) -> Pixels:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -129,6 +130,33 @@ def worker_count(setting: str | int, device: torch.device) -> int:
     if device.type == "cuda":
         return max(1, min(_MOST_WORKERS, share - 1))
     return 0 if share == 1 else max(1, share // 4)
+
+
+def loader_name(loader: str) -> str:
+    """Name what loads the images, DALI with its version.
+
+    Raises:
+        UserError: it is DALI, and that is not installed.
+    """
+    if loader == "torch":
+        return loader
+    found = [one.version for one in metadata.distributions() if (one.name or "").startswith("nvidia-dali-cuda")]
+    if not found:
+        raise UserError(
+            "machine.loader: dali is not installed here; pip install 'dytrun[dali]', or say machine.loader=torch"
+        )
+    return f"{loader} {found[0]}"
+
+
+def check_loader(loader: str, data: str, is_in_files: bool) -> None:
+    """Refuse DALI where it is not installed, or the images of `data` are in memory.
+
+    Raises:
+        UserError: says which.
+    """
+    loader_name(loader)
+    if loader != "torch" and not is_in_files:
+        raise UserError(f"machine.loader: {loader} decodes JPEG files, and data={data} is in memory; leave it torch")
 
 
 def device_name(device: torch.device) -> str:

@@ -45,8 +45,10 @@ def outline(config: RunConfig) -> Outline:
         images = f"{num_train:,} training images, {num_classes} classes ({missing}: needed to train)"
     else:
         data = load_data(config.data)
+        machine.check_loader(config.machine.loader, config.data.name, bool(data.train.paths))
         num_train, num_classes = len(data.train.labels), data.num_classes
         images = f"{num_train:,} training and {len(data.val.labels):,} validation images, {num_classes} classes"
+        images += f"; a pack: {data.pack}" if data.pack else ""
     steps = optim.plan_steps(config, num_train, world)
     if config.data.num_classes is None:
         model, _ = build_arm(config, num_classes, device="meta")

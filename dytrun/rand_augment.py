@@ -71,7 +71,7 @@ def rand_augment(policy: str, size: int, mean: tuple[float, ...], interpolation:
     """
     params: dict = {
         "translate_const": int(size * 0.45),
-        "img_mean": tuple(min(255, round(255 * x)) for x in mean),
+        "img_mean": filling(mean),
     }
     if interpolation != "random":
         params["interpolation"] = str_to_pil_interp(interpolation)
@@ -79,6 +79,11 @@ def rand_augment(policy: str, size: int, mean: tuple[float, ...], interpolation:
     for op in chosen.ops:
         op.aug_fn = partial(_noted, op.name.removesuffix("Increasing"))
     return lambda: chosen([])  # pyright: ignore[reportArgumentType]  it only hands the list on
+
+
+def filling(mean: tuple[float, ...]) -> tuple[int, ...]:
+    """Return the colour of what is shifted in."""
+    return tuple(min(255, round(255 * x)) for x in mean)
 
 
 def most_operations(policy: str) -> int:

@@ -162,6 +162,8 @@ class RunResult:
     machine: Mapping[str, Any] = field(default_factory=dict)
     """What a speed depends on besides the device: micro-batch, loader processes, compilation, memory format."""
     data_fingerprint: str | None = None
+    data_pack: str | None = None
+    """What was packed and how, if the images were in a pack."""
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
     dirty: bool | None = None

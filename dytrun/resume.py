@@ -94,6 +94,7 @@ def build(config: RunConfig, place: Place, plan: optim.Plan, versions: Mapping[s
         "threads": torch.get_num_threads() if place.device.type == "cpu" else None,
         "cuda": torch.version.cuda if place.device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if place.device.type == "cuda" else None,
+        "loader": machine.loader_name(settings.loader),
         "compile": settings.compile,
         "norms": norms,  # without a compiler, on a CPU, they have another spelling
         "channels_last": settings.channels_last,
@@ -117,7 +118,8 @@ def remark(step: int, changed: Mapping[str, list[Any]]) -> str:
     if not changed:
         return f"taken up again after step {step}: it will end bit-equal to a run that was never interrupted"
     listed = "; ".join(f"{name} {before} before, {now} now" for name, (before, now) in changed.items())
-    order = "the order of the images stays the same" if "ranks" in changed else "images and their order stay the same"
+    is_same = not {"ranks", "loader"} & changed.keys()
+    order = "images and their order stay the same" if is_same else "the order of the images stays the same"
     return (
         f"taken up again after step {step}, but not bit-equal to a run that was never interrupted: {listed} ({order})"
     )

@@ -21,18 +21,19 @@ import torchvision
 from torch import nn
 
 import dytrun
-from dytrun import machine, norm, optim, owner, replay, resume, terminal, watchdog
+from dytrun import jpeg, machine, norm, optim, owner, replay, resume, terminal, watchdog
 from dytrun.agreement import Diverged, Interrupted
 from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.compute import autocast
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
-from dytrun.data import RankShare, ValBatches, end_loaders, train_batches
+from dytrun.data import RankShare, ValBatches, train_batches
 from dytrun.distributed import Place, barrier, from_first, gather, session
 from dytrun.engine import Surroundings, evaluate_state, fit, interrupted
 from dytrun.errors import RunError, UserError
 from dytrun.evaluate import Halted, evaluate
 from dytrun.model import compile_model, put_on, trainable
+from dytrun.processes import end_loaders
 from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, whole_file, write_json
 from dytrun.sources import Data, load_data
 from dytrun.state import State, build_state, restore, speed_so_far, to_be_saved
@@ -94,7 +95,9 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
             place=place,
             clock=Clock(place.device, config.global_batch),
             train=train_batches(config, data, share, place.device, workers),
-            val=ValBatches(config.data, data.val, config.machine.eval_batch_per_rank, workers, here),
+            val=ValBatches(
+                config.data, data.val, config.machine.eval_batch_per_rank, workers, here, config.machine.loader
+            ),
             num_val=len(data.val.labels),
             store=store,
             sites=[site.name for site in sites if site.alpha_init is not None],
@@ -113,7 +116,9 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
         compile_model(model, config.machine.compile)
         result = facts(config, place, data, model) | {
             "num_norm_sites": len(sites),
-            "machine": config.machine.model_dump(mode="json", include={"compile", "deterministic", "channels_last"})
+            "machine": config.machine.model_dump(
+                mode="json", include={"compile", "deterministic", "channels_last", "loader"}
+            )
             | {"batch_per_rank": plan.batch_per_rank, "accumulation": plan.accumulation, "workers": workers},
         }
         if not place.is_first:
@@ -167,7 +172,7 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
             raise UserError(f"{directory}: a checkpoint was written meanwhile; say it again")
         workers = machine.worker_count(chosen.workers, place.device)
         here = place.rank, place.world, place.device
-        val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here)
+        val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here, config.machine.loader)
         model, _ = build_arm(config, data.num_classes)
         model = put_on(model, config, place.device)
         found: dict[str, Accuracy] = {}
@@ -216,6 +221,7 @@ def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict
         "device": machine.device_name(place.device),
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,
+        "data_pack": data.pack or None,
         "versions": versions(),
         "commit": commit,
         "dirty": dirty,
@@ -227,7 +233,7 @@ def versions() -> dict[str, str]:
     return {
         "dytrun": dytrun.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
-        "pillow": PIL.__version__,
+        "pillow": PIL.__version__, "jpeg_decoder": jpeg.decoder(),
     }  # fmt: skip
 
 

@@ -1,25 +1,24 @@
 """Where images come from: class folders, torchvision's data sets, the embedded digits, random ones."""
 
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from torchvision import datasets
 
+from dytrun import folders
 from dytrun.config import DataConfig
 from dytrun.errors import UserError
 from dytrun.images import Content, ImageFiles, Picture
+from dytrun.shards import MadeFrom, PackedImages, is_pack, open_pack
 
 _SYNTHETIC_POOL = 16
-# Files of a split whose sizes go into the fingerprint: to ask for those of a million takes minutes on some disks.
-_SIZES = 2048
 
 
 class Split(NamedTuple):
@@ -61,6 +60,8 @@ class Data(NamedTuple):
     """Twelve hex digits of `facts`: data sets that differ there are different."""
     facts: Mapping[str, int | str]
     """Counts and digests, as plain JSON values, by which `fingerprint_difference` says what has changed."""
+    pack: str = ""
+    """What was packed and how, in words, where the images are in a pack."""
 
 
 def load_data(data: DataConfig) -> Data:
@@ -69,8 +70,13 @@ def load_data(data: DataConfig) -> Data:
     Raises:
         UserError: a root, a split or a class is missing, or train and val disagree.
     """
-    source = _class_folders if data.name in ("imagenet", "folder") else _SOURCES[data.name]
-    train, val, classes = source(data)
+    made_from, of_pack = None, {}
+    if data.root and data.name in ("imagenet", "folder", "imagenette") and is_pack(Path(data.root)):
+        train, val, classes, made_from, source = _packed(data, Path(data.root))
+        if made_from.short_side is not None:
+            of_pack = {"made_from": f"{made_from.how}, of {source}"}
+    else:
+        train, val, classes = _SOURCES[data.name](data)
     if data.num_classes is not None and data.num_classes != classes:
         more = f" in {data.root}; for another class-per-folder tree say data=folder" if data.root else ""
         raise UserError(f"data.num_classes: {data.num_classes} is asked for, data={data.name} has {classes}{more}")
@@ -78,8 +84,9 @@ def load_data(data: DataConfig) -> Data:
         "num_train": len(train.labels), "num_val": len(val.labels), "num_classes": classes,
         "train_names": _names_digest(train), "val_names": _names_digest(val),
         "train_contents": _contents_digest(train), "val_contents": _contents_digest(val),
-    }  # fmt: skip
-    return Data(train, val, classes, _digest(data.name.encode(), json.dumps(facts).encode()), facts)
+    } | of_pack  # fmt: skip
+    fingerprint = folders.digest(data.name.encode(), json.dumps(facts).encode())
+    return Data(train, val, classes, fingerprint, facts, str(made_from or ""))
 
 
 def fingerprint_difference(before: Mapping[str, int | str], now: Mapping[str, int | str]) -> str:
@@ -89,6 +96,10 @@ def fingerprint_difference(before: Mapping[str, int | str], now: Mapping[str, in
     at most some thousands of each split, spread evenly over it.
     """
     said = []
+    if before.get("made_from") != now.get("made_from"):
+        # Of a pack whose images were shrunk nothing else could be the same.
+        one, other = (facts.get("made_from", "images as they were") for facts in (before, now))
+        return f"{one} -> a pack, {other}" if "made_from" in now else f"a pack, {one} -> {other}"
     for name, key in (("train", "num_train"), ("val", "num_val")):
         if before[key] != now[key]:
             said.append(f"{name} {before[key]} -> {now[key]} images")
@@ -102,16 +113,18 @@ def fingerprint_difference(before: Mapping[str, int | str], now: Mapping[str, in
 
 
 def _names_digest(split: Split) -> str:
+    if isinstance(split.read, PackedImages):
+        return split.read.names_digest()
     start = len(split.folder) + 1
-    names = os.fsencode("\n".join(path[start:] for path in split.paths))
-    return _digest(np.ascontiguousarray(split.labels, dtype=np.int64).tobytes(), names)
+    return folders.names_digest(split.labels, os.fsencode("\n".join(path[start:] for path in split.paths)))
 
 
 def _contents_digest(split: Split) -> str:
     if isinstance(split.read, _ArrayImages):
-        return _digest(repr(split.read.pixels.shape).encode(), np.ascontiguousarray(split.read.pixels).tobytes())
-    num = min(len(split.paths), _SIZES)
-    return _digest(repr([_size(split.paths[i * len(split.paths) // num]) for i in range(num)]).encode())
+        pixels = split.read.pixels
+        return folders.digest(repr(pixels.shape).encode(), np.ascontiguousarray(pixels).tobytes())
+    size = split.read.size if isinstance(split.read, PackedImages) else lambda index: _size(str(split.paths[index]))
+    return folders.sizes_digest(len(split.paths), size)
 
 
 def _size(path: str) -> int:
@@ -120,13 +133,6 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:12]
 
 
 class _ArrayImages(NamedTuple):
@@ -145,86 +151,26 @@ def _class_folders(data: DataConfig) -> tuple[Split, Split, int]:
             f"data.root: data={data.name} needs the folder of its images; say data.root=DIR{env}; "
             "to try dytrun without any data: dytrun train experiment=quickstart"
         )
-    root = Path(data.root)
-    folders = [root / data.train_split, root / data.val_split]
-    for folder in [root, *folders]:
+    root, splits = Path(data.root), (data.train_split, data.val_split)
+    for folder in [root, *(root / split for split in splits)]:
         if not folder.is_dir():
             raise UserError(f"data.root: {folder} is no folder; give one that holds {data.train_split}/ and "
-                            f"{data.val_split}/ with a folder for each class")  # fmt: skip
-    classes, val_classes = (_class_names(folder) for folder in folders)
-    if not classes:
-        raise UserError(f"data.root: {folders[0]} holds no class folders; give a class-per-folder tree")
-    if classes != val_classes:
-        only_train, only_val = sorted(set(classes) - set(val_classes)), sorted(set(val_classes) - set(classes))
-        lists = [f"only in {split}: {_shortened(names)}" for split, names in
-                 ((data.train_split, only_train), (data.val_split, only_val)) if names]  # fmt: skip
-        raise UserError(f"data.root: {root} has different classes in train and val ({'; '.join(lists)}); mend it")
-    number = {name: index for index, name in enumerate(classes)}
-    train, val = (_folder_split(folder, number) for folder in folders)
-    return train, val, len(classes)
-
-
-def _class_names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    except OSError as error:
-        _refuse(error)
-
-
-def _folder_split(folder: Path, number: dict[str, int]) -> Split:
-    listed = {name: _image_paths(folder, name) for name in number}
-    empty = [name for name, paths in listed.items() if not paths]
-    if empty:
-        raise UserError(
-            f"data.root: class folders without an image in {folder}: {_shortened(empty)}; fill or remove them"
-        )
-    labels = np.repeat(np.array(list(number.values()), dtype=np.int64), [len(paths) for paths in listed.values()])
-    return _file_split([path for paths in listed.values() for path in paths], labels, str(folder))
+                            f"{data.val_split}/ with a folder for each class, or a pack")  # fmt: skip
+    classes, (train, val) = folders.listed(root, splits)
+    splits = [_file_split(one.paths, one.labels, one.folder) for one in (train, val)]
+    return splits[0], splits[1], len(classes)
 
 
 def _file_split(paths: list[str], labels: np.ndarray, folder: str) -> Split:
     return Split(labels, ImageFiles(paths), paths, folder)
 
 
-def _image_paths(folder: Path, name: str) -> list[str]:
-    """List the image files of a class at any depth, in the order of torchvision's `make_dataset`.
-
-    It would list a loop of links some forty times over, and skip a folder that it may not read without a word.
-    """
-    # Of each folder the device and inode, its own and those of all above it.
-    chains: dict[str, tuple[tuple[int, int], ...]] = {str(folder): (_identity(str(folder)),)}
-    found: list[tuple[str, list[str]]] = []
-    for directory, _, names in os.walk(os.path.join(folder, name), onerror=_refuse, followlinks=True):
-        above, own = chains[os.path.dirname(directory)], _identity(directory)
-        if own in above:
-            raise UserError(f"data.root: {directory} leads back to a folder above it; remove that link")
-        chains[directory] = (*above, own)
-        found.append((directory, names))
-    return [
-        os.path.join(directory, name)
-        for directory, names in sorted(found)
-        for name in sorted(names)
-        if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
-    ]
-
-
-def _identity(directory: str) -> tuple[int, int]:
-    try:
-        facts = os.stat(directory)
-    except OSError as error:
-        _refuse(error)
-    return facts.st_dev, facts.st_ino
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(
-        f"data.root: {error.filename} cannot be listed ({error.strerror}); mend its permissions, or remove it"
-    ) from None
-
-
-def _shortened(names: Sequence[str], most: int = 10) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _packed(data: DataConfig, pack: Path) -> tuple[Split, Split, int, MadeFrom, str]:
+    """Return the splits of a pack, what it was made from, and what tells that source from another."""
+    manifest = open_pack(pack)
+    found = [PackedImages(pack, split, manifest) for split in (data.train_split, data.val_split)]
+    train, val = (Split(images.labels, images, images.paths, images.folder) for images in found)
+    return train, val, len(manifest.classes), manifest.made_from, manifest.source_id
 
 
 def _digits(_: DataConfig) -> tuple[Split, Split, int]:
@@ -293,6 +239,8 @@ def _array_split(pixels: np.ndarray, labels: np.ndarray) -> Split:
 
 
 _SOURCES: dict[str, Callable[[DataConfig], tuple[Split, Split, int]]] = {
+    "imagenet": _class_folders,
+    "folder": _class_folders,
     "digits": _digits,
     "fashion_mnist": _fashion_mnist,
     "cifar10": _torchvision,

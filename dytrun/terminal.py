@@ -1,10 +1,11 @@
 """What a person sees: plans, progress, results, tables. Rich on a terminal, plain lines in a log file."""
 
+import contextlib
 import functools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from dytrun.records import Accuracy, EvalRecord, Record, RunResult, TrainRecord
 
 # A log file gets at most a line in so many seconds, and the last one.
 _LINE_EVERY_S = 5.0
+_REDRAWN_EVERY_S = 0.1
 
 
 @functools.cache
@@ -86,6 +88,43 @@ class Display:
         done = step - self._first_step
         seconds = (time.monotonic() - self._started) / done * (self._total_steps - step) if done else 0
         return str(timedelta(seconds=round(seconds)))
+
+
+@contextlib.contextmanager
+def moving(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Show how images are gone through: give what is to be told of each few images and their bytes.
+
+    There is no thread behind it, so processes may be forked meanwhile.
+    """
+    count = TextColumn("{task.completed:.0f}/{task.total:.0f} images")
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(),
+               TextColumn("{task.fields[now]}"))  # fmt: skip
+    progress = Progress(*columns, console=console(), auto_refresh=False)
+    task = progress.add_task(title, total=total, now="")
+    started = shown = time.monotonic()
+    images = num_bytes = 0
+
+    def report(more_images: int, more_bytes: int) -> None:
+        nonlocal images, num_bytes, shown
+        images, num_bytes = images + more_images, num_bytes + more_bytes
+        now = time.monotonic()
+        if now - shown < (_REDRAWN_EVERY_S if console().is_terminal else _LINE_EVERY_S) and images < total:
+            return
+        shown, seconds = now, max(now - started, 1e-3)
+        speed = f"{images / seconds:,.0f} images/s  {num_bytes / 2**20 / seconds:,.1f} MiB/s"
+        if console().is_terminal:
+            progress.update(task, completed=images, now=speed, refresh=True)
+        else:
+            eta = timedelta(seconds=round(seconds / max(images, 1) * (total - images)))
+            console().print(f"{title}: {images:,}/{total:,} images  {speed}  ETA {eta}", markup=False)
+
+    if console().is_terminal:
+        progress.start()
+    try:
+        yield report
+    finally:
+        if console().is_terminal:
+            progress.stop()
 
 
 def line(text: str) -> None:

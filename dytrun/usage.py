@@ -11,8 +11,14 @@ COMMANDS = {
     "train": "train one run, or with -m a sweep",
     "eval": "evaluate a run's checkpoint exactly: dytrun eval DIR",
     "replay": "do the step again at which a run diverged, and say where: dytrun replay DIR",
-    "bench": "measure speed: one layer, a model, this loop: dytrun bench=norm",
+    "bench": "measure speed: one layer, a model, this loop, the loader: dytrun bench=norm",
+    "data": "pack a data set into a few files, and verify such a pack: dytrun data pack SRC out=DIR",
     "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
+}
+# The second word of dytrun data.
+DATA = {
+    "pack": "class folders, ImageNet's tars or parquet files → a few files to train from: dytrun data pack SRC out=DIR",
+    "verify": "read every byte of a pack and say what is damaged: dytrun data verify DIR",
 }
 EXAMPLES = {
     "train": (
@@ -40,8 +46,15 @@ EXAMPLES = {
         "dytrun bench=norm",
         "dytrun bench=norm precision=bf16 bench.shapes=[256x197x768] bench.modes=[eager]",
         "dytrun bench=model model=vit_b precision=bf16 bench.batch=256",
-        "dytrun bench=trainer model=vit_ti",
+        "dytrun bench=data data.root=/data/imagenet model=vit_b precision=bf16 bench.peer=timm bench.workers=[8,16]",
         "dytrun bench=llama bench.passes=[infer]",
+    ),
+    "data": (
+        "dytrun data pack /data/imagenet out=/fast/imagenet",
+        "dytrun data pack /data/imagenet out=/fast/imagenet256 short_side=256 quality=90",
+        "dytrun data pack /downloads out=/fast/imagenet val_labels=/downloads/LOC_val_solution.csv",
+        "dytrun data pack /data/imagenet-1k out=/fast/imagenet workers=16",
+        "dytrun data verify /fast/imagenet",
     ),
     "report": (
         "dytrun report",
@@ -65,7 +78,13 @@ def usage() -> str:
 def command_help(verb: str, config_dir: str | None) -> str:
     """Say a command's groups with their options, its keys with their values, and examples; read from conf/."""
     folders = [CONF, *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
-    lines = [f"dytrun {verb}: {COMMANDS[verb]}", "", "Examples:", *(f"  {text}" for text in EXAMPLES[verb])]
+    main, _, second = verb.partition(" ")
+    said = DATA[second] if second else COMMANDS[verb]
+    lines = [f"dytrun {verb}: {said}", "", "Examples:", *(f"  {text}" for text in EXAMPLES[main])]
+    if verb == "data":
+        for word in DATA:
+            lines += ["", f"Keys of dytrun data {word}:", *_keys_of(f"data {word}")]
+        return "\n".join(lines)
     if verb == "bench":
         lines += ["", "What is measured:", *_benches()]
         lines += ["", "The model, its norm and precision, and the machine: the keys of dytrun train, see its --help."]
@@ -75,13 +94,23 @@ def command_help(verb: str, config_dir: str | None) -> str:
         for path in sorted((CONF / "hydra" / "launcher").glob("*.yaml")):
             names = [line.partition(":")[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
             lines += [f"  {path.stem:<10}  {_summary(path)}", f"    keys: hydra.launcher.{{{' '.join(names)}}}"]
-    lines += ["", "Keys (key=value, section.key=value):"]
-    body = (CONF / f"{verb}.yaml").read_text().partition("hydra_logging: none\n")[2].partition("\nhydra:")[0]
-    lines += [f"  {line}" if line else "" for line in body.strip().splitlines()]
+    lines += ["", "Keys (key=value, section.key=value):", *_keys_of(verb)]
     sweeps = "-m sweeps over comma-separated values; " if verb == "train" else ""
     lines += ["", f"{sweeps}--cfg job prints the whole configuration;",
               "--config-dir DIR adds groups of your own; dytrun -sc install=bash sets up completion."]  # fmt: skip
     return "\n".join(lines)
+
+
+def config_name(verb: str) -> str:
+    """Return the name of a command's file in conf/."""
+    return verb.replace(" ", "_")
+
+
+def _keys_of(verb: str) -> list[str]:
+    """List the keys of a command, with values and comments."""
+    text = (CONF / f"{config_name(verb)}.yaml").read_text()
+    body = text.partition("hydra_logging: none\n")[2].partition("\nhydra:")[0]
+    return [f"  {line}" if line else "" for line in body.strip().splitlines()]
 
 
 def _keys(group: Path) -> list[str]:
@@ -110,7 +139,8 @@ def _benches() -> list[str]:
     """List what can be measured, with its keys and values."""
     lines = []
     for path in sorted((CONF / "bench").glob("*.yaml")):
-        keys = [line for line in path.read_text().splitlines() if line[:1].isalpha() and not line.startswith("name:")]
+        texts = path.read_text().splitlines()
+        keys = [line for line in texts if line[:1].isalpha() and not line.startswith(("name:", "defaults:"))]
         lines += [f"  bench={path.stem}  {_summary(path)}", *(f"    bench.{line}" for line in keys)]
     return lines
 

@@ -70,7 +70,7 @@ def _by_path(error: ValidationError) -> list[dict[str, Any]]:
         if loc[:1] in (["norm"], ["bench"]) and len(loc) > 2:
             del loc[1]
         member = r"(literal|constrained|list|int|bool|float|tuple)\b"
-        path = ".".join(part for i, part in enumerate(loc) if i < 2 or not re.match(member, part))
+        path = ".".join(part for i, part in enumerate(loc) if i == 0 or not re.match(member, part))
         if path in found and item["type"] != "value_error":
             found[path]["msg"] += f", or {item['msg'][0].lower()}{item['msg'][1:]}"
         else:

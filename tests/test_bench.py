@@ -185,7 +185,7 @@ def test_both_loops_do_the_same_training(tmp_path):
     run = bench_trainer._as_measured(config_of("bench=trainer", *TINY, "norm=dyt").run, 5)
     run = run.model_copy(update={"optim": run.optim.model_copy(update={"lr": 1e-3})})
     batch = bench_model.random_batch(run, 4, CPU)
-    bare, ours = (bench_trainer._state(run, CPU) for _ in range(2))
+    bare, ours = (bench_trainer.training_state(run, CPU) for _ in range(2))
     before = [parameter.clone() for parameter in bare.model.parameters()]
     for _ in range(5):
         bench_model.bare_step(bare, batch, run)

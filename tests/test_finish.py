@@ -58,6 +58,15 @@ def test_both_ways_give_the_same(mode, mixing):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_a_batch_may_be_odd(mixing):
+    for number in (1, 5):
+        torch.testing.assert_close(
+            finished(batch()[:number], BOXES[:number], MIXINGS[mixing]),
+            by_whole_tensors(batch()[:number], BOXES[:number], MIXINGS[mixing], "pixel"), rtol=0, atol=2e-6,
+        )  # fmt: skip
+
+
 def test_a_box_is_erased_and_nothing_else():
     images = batch()
     plain, got = finished(images), finished(images, BOXES)

@@ -20,19 +20,22 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "stop", "task", "usage", "validation"},
-    "compose": {"bench_config", "config", "errors", "guard", "hydra_settings", "usage", "validation"},
+    "compose": {"bench_config", "config", "errors", "guard", "hydra_settings", "pack_config", "usage", "validation"},
     "task": {"commands", "compose", "errors", "launch", "ranks", "records", "stop", "terminal"},
     "board": {"task", "terminal"},
     "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
-    "commands": {"bench", "bench_config", "config", "launch", "owner", "records", "report", "task", "terminal"},
+    "commands": {
+        "bench", "bench_config", "config", "errors", "launch", "owner", "pack", "pack_config", "records", "report",
+        "shards", "task", "terminal",
+    },
     "usage": set(),
     "config": {"digest", "norm_config"},
     "norm_config": set(),
     "bench_config": {"config", "norm_config"},
     "bench": {
-        "bench_config", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine", "paired",
-        "records", "wandb_link",
+        "bench_config", "bench_data", "bench_model", "bench_norm", "bench_stack", "bench_trainer", "errors", "machine",
+        "paired", "records", "wandb_link",
     },
     "bench_norm": {"bench_config", "errors", "model", "norm", "paired", "records", "timing"},
     "bench_model": {
@@ -43,6 +46,13 @@ MAY_IMPORT = {
         "arm", "bench_config", "bench_model", "checkpoint", "compute", "config", "distributed", "engine", "model",
         "norm", "optim", "paired", "records", "state", "throughput", "timing", "tracking",
     },
+    "bench_data": {
+        "batch", "bench_config", "bench_model", "bench_stages", "bench_trainer", "config", "data", "errors",
+        "loader_arm", "machine", "paired", "records", "sources", "timing", "timm_loader",
+    },
+    "bench_stages": {"augment", "config", "data", "errors", "images", "jpeg", "pixels", "records", "sources", "timing"},
+    "loader_arm": {"timing"},
+    "timm_loader": {"config", "errors", "processes", "sources"},
     "bench_stack": {"bench_config", "errors", "llama", "model", "paired", "records", "timing"},
     "llama": {"norm"},
     "paired": set(),
@@ -65,9 +75,8 @@ MAY_IMPORT = {
     },
     "run": {
         "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
-        "machine",
-        "model", "norm", "optim", "owner", "records", "replay", "resume", "sources", "state", "stop", "terminal",
-        "throughput", "tracking", "validation", "warmstart", "watchdog",
+        "jpeg", "machine", "model", "norm", "optim", "owner", "processes", "records", "replay", "resume", "sources",
+        "state", "stop", "terminal", "throughput", "tracking", "validation", "warmstart", "watchdog",
     },
     "resume": {
         "checkpoint", "compute", "config", "distributed", "errors", "machine", "norm", "optim", "owner", "sources",
@@ -93,9 +102,25 @@ MAY_IMPORT = {
     "watchdog": {"distributed"},
     "evaluate": {"batch", "distributed", "errors", "records"},
     "batch": set(),
-    "data": {"config", "augment", "batch", "finish", "images", "pixels", "sources", "errors", "stop"},
-    "images": {"errors", "pixels"},
-    "sources": {"config", "images", "errors"},
+    "processes": {"errors", "stop"},
+    "dali": {"augment", "dali_graph", "errors"},
+    "dali_graph": {"augment", "rand_augment"},
+    "data": {
+        "augment", "batch", "config", "dali", "dali_graph", "errors", "finish", "images", "jpeg", "machine", "pixels",
+        "processes", "rand_augment", "sources",
+    },
+    "images": {"errors", "jpeg", "pixels"},
+    "jpeg": {"native", "pixels"},
+    "sources": {"config", "errors", "folders", "images", "shards"},
+    "folders": {"errors", "images"},
+    "seal": set(),
+    "shards": {"config", "errors", "folders", "norm_config", "seal"},
+    "pack_config": {"config", "norm_config"},
+    "intake": {"archives", "errors", "folders", "images", "pack_config", "parquet", "terminal"},
+    "pack": {"errors", "folders", "intake", "pack_config", "packers", "records", "seal", "shards", "terminal"},
+    "packers": {"errors", "folders", "images", "pixels", "records", "seal", "shards", "stop"},
+    "archives": {"errors", "folders", "images"},
+    "parquet": {"errors", "folders", "images"},
     "augment": {"config", "images", "pixels", "rand_augment"},
     "rand_augment": {"pixels"},
     "finish": {"augment", "config", "errors", "pixels"},
@@ -130,7 +155,9 @@ ONLY_IN = {
     "omegaconf": {"compose", "hydra_settings"},
     "submitit": {"launch", "slurm"},
     "wandb": {"wandb_link"},
+    "nvidia": {"dali_graph"},
     "triton": {"curves", "kernels"},
+    "pyarrow": {"parquet"},
 }
 WITHOUT_TORCH = {
     "cli",
@@ -161,6 +188,16 @@ WITHOUT_TORCH = {
     "journal",
     "tracking",
     "wandb_link",
+    "images",
+    "folders",
+    "seal",
+    "shards",
+    "pack_config",
+    "pack",
+    "packers",
+    "archives",
+    "intake",
+    "parquet",
     "pixels",
     "native",
 }
@@ -263,7 +300,7 @@ def test_every_key_of_the_configuration_is_read_somewhere():
 def test_the_configuration_types_hold_no_values():
     trees = [
         ast.parse((PACKAGE / name).read_text())
-        for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py")
+        for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py", "pack_config.py")
     ]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "BaseModel" for base in node.bases):

@@ -10,7 +10,7 @@ from conftest import config_of
 from PIL import Image
 from timm.data import create_transform
 
-from dytrun import images, pixels
+from dytrun import jpeg, pixels
 from dytrun.batch import Batch
 from dytrun.config import RunConfig
 from dytrun.data import RankShare, ValBatches, train_batches
@@ -96,6 +96,7 @@ def test_whatever_computes_them(tree, monkeypatch):
     expected, data = batches(config), load_data(config.data)
     seen = [batch.images for batch in ValBatches(config.data, data.val, 4, 0, (0, 1, CPU))()]
     monkeypatch.setattr(pixels, "_flags", None)
+    monkeypatch.setattr(jpeg, "_are_parts_wanted", False)
     assert pixels.implementation() == "pillow"
     assert_same(expected, batches(config))
     again = [batch.images for batch in ValBatches(config.data, data.val, 4, 0, (0, 1, CPU))()]
@@ -104,7 +105,7 @@ def test_whatever_computes_them(tree, monkeypatch):
 
 @pytest.mark.parametrize("name", ["simplejpeg", "opencv", "pillow"])
 def test_whatever_decodes_them(tree, monkeypatch, name):
-    monkeypatch.setattr(images, "decoder", lambda: name)
+    monkeypatch.setattr(jpeg, "decoder", lambda: name)
     for path in sorted(tree.glob("*/*/*")):
         expected = np.asarray(Image.open(path).convert("RGB"))
         picture = Picture(path.read_bytes(), str(path))
@@ -113,7 +114,7 @@ def test_whatever_decodes_them(tree, monkeypatch, name):
 
 
 def test_simplejpeg_is_used_where_it_is_installed():
-    assert images.decoder() == "simplejpeg"
+    assert jpeg.decoder() == "simplejpeg"
 
 
 def test_a_jpeg_is_decoded_when_its_pixels_are_asked_for(tree):

@@ -165,6 +165,24 @@ def test_a_second_signal_does_not_wait(warm, tmp_path):
     assert sorted(path.name for path in only(runs).glob("checkpoints/step-*")) == before
 
 
+INTERRUPTED = """
+import sys
+from dytrun import cli
+def within_exec(args): exec("raise KeyboardInterrupt")
+cli._main = within_exec
+sys.exit(cli.main())
+"""
+
+
+def test_an_interrupt_within_exec_exits_75_too(tmp_path):
+    """Imports run much of their code by exec(); run by -m, CPython notes an interrupt there for its own exit code."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    path = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "interrupted", "train"], env=path, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (75, "dytrun: stopped\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_before_anything_has_begun_leaves_nothing(tmp_path, number):
     run = start(tmp_path / "runs")
