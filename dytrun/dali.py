@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dytrun.augment import Deferred
 from dytrun.dali_graph import Look, Pipeline
-from dytrun.errors import first_line
 
 # Batches that are under way while one is handed over.
 _AHEAD = 2
@@ -68,16 +67,13 @@ class DaliLoader:
             self._pipeline = Pipeline(self._look, self._largest, _AHEAD + 1, self._place)
         self._pipeline.begin([sample.pixels for sample in samples if isinstance(sample.pixels, Deferred)])
 
-    def _finished(self) -> Tensor | None:
-        assert self._pipeline is not None
-        return self._pipeline.finished()
-
     def _next(self) -> Any:
-        keys, samples = self._waiting.popleft()
+        assert self._pipeline is not None
         try:
-            made = self._finished()
+            made = self._pipeline.finished()
         except RuntimeError as error:
-            samples, made = self._mended(keys, samples, error)
+            made = self._mended(error)
+        _, samples = self._waiting.popleft()
         if made is not None and len(made) == len(samples):
             return self._collate(samples, made)
         size, device = self._look.size, self._place[0]
@@ -90,19 +86,23 @@ class DaliLoader:
                 images[row] = torch.from_numpy(sample.pixels).to(device)
         return self._collate(samples, images)
 
-    def _mended(self, keys: Sequence[Any], samples: list, error: RuntimeError) -> tuple[list, Tensor | None]:
-        """Find the images of a batch that DALI cannot decode, one by one, and make them without it.
+    def _mended(self, error: RuntimeError) -> Tensor | None:
+        """Find the images that DALI cannot decode, one by one, make them without it, and begin anew.
 
-        DALI names none of them, and a pipeline that has failed does nothing more.
+        DALI does not say of which batch they are, and a pipeline that has failed does nothing more.
         """
-        mended = [sample if self._can_be_made(sample) else self._making[key]
-                  for key, sample in zip(keys, samples, strict=True)]  # fmt: skip
-        if all(one is other for one, other in zip(mended, samples, strict=True)):
-            raise RuntimeError(f"DALI failed, though on none of the images alone: {first_line(error)}") from error
-        self._pipeline = None
-        for batch in [mended, *(later for _, later in self._waiting)]:
-            self._begin(batch)
-        return mended, self._finished()
+        self._pipeline, num_bad = None, 0
+        for keys, samples in self._waiting:
+            for row, key in enumerate(keys):
+                if not self._can_be_made(samples[row]):
+                    samples[row] = self._making[key]
+                    num_bad += 1
+        if num_bad == 0:
+            raise RuntimeError(f"DALI failed, though on none of the images alone: {error}") from error
+        for _, samples in self._waiting:
+            self._begin(samples)
+        assert self._pipeline is not None
+        return self._pipeline.finished()
 
     def _can_be_made(self, sample: Any) -> bool:
         if not isinstance(sample.pixels, Deferred):

@@ -6,7 +6,7 @@ one of its own (decoding, resizing, warping, equalizing, filtering), that is use
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Look(NamedTuple):
     """Side of the images that come out, in pixels."""
     num_operations: int
     """Of `Drawn.operations` at most."""
-    fill: tuple[float, ...]
+    fill: tuple[int, ...]
     """The colour of what is shifted in."""
 
 
@@ -103,6 +103,8 @@ class Pipeline:
         return made
 
 
+# DALI reads the source of these two: no wrapper may be around them.
+@no_type_check
 def _graph(look: Look, is_on_gpu: bool) -> Any:
     """Describe the pipeline; DALI turns each `if` on a number that was fed into a choice image by image."""
 
@@ -126,10 +128,16 @@ def _graph(look: Look, is_on_gpu: bool) -> Any:
         strength, matrix = fed(f"strength{layer}", types.FLOAT, 0), fed(f"matrix{layer}", types.FLOAT, 2)
         if is_on_gpu:
             strength, matrix = strength.gpu(), matrix.gpu()
-        image = _one_of(list(_KINDS.values()), 0, number, (image, strength, matrix, look.fill))
+        image = _one_of(
+            [dali.pipeline.do_not_convert(kind) for kind in _KINDS.values()],
+            0,
+            number,
+            (image, strength, matrix, look.fill),
+        )
     return image
 
 
+@no_type_check
 def _one_of(kinds: list, first: int, number: Any, arguments: tuple) -> Any:
     """Do the operation of that number, `first` being that of the first of `kinds`."""
     middle = len(kinds) // 2
@@ -155,12 +163,16 @@ def _same(image: Any, *_: Any) -> Any:
     return image
 
 
-def _bicubic(image: Any, _: Any, matrix: Any, fill: tuple[float, ...]) -> Any:
-    return fn.experimental.warp_perspective(image, matrix, interp_type=types.INTERP_CUBIC, fill_value=list(fill))
+def _bicubic(image: Any, _: Any, matrix: Any, fill: tuple[int, ...]) -> Any:
+    return fn.experimental.warp_perspective(
+        image, matrix, interp_type=types.INTERP_CUBIC, fill_value=[float(value) for value in fill]
+    )
 
 
-def _bilinear(image: Any, _: Any, matrix: Any, fill: tuple[float, ...]) -> Any:
-    return fn.experimental.warp_perspective(image, matrix, interp_type=types.INTERP_LINEAR, fill_value=list(fill))
+def _bilinear(image: Any, _: Any, matrix: Any, fill: tuple[int, ...]) -> Any:
+    return fn.experimental.warp_perspective(
+        image, matrix, interp_type=types.INTERP_LINEAR, fill_value=[float(value) for value in fill]
+    )
 
 
 def _auto_contrast(image: Any, *_: Any) -> Any:
@@ -171,7 +183,8 @@ def _auto_contrast(image: Any, *_: Any) -> Any:
 
 
 def _equalize(image: Any, *_: Any) -> Any:
-    return fn.equalize(image)
+    # DALI counts the values up to a level, Pillow those below it: that of the negative is the same.
+    return _invert(fn.equalize(_invert(image)))
 
 
 def _invert(image: Any, *_: Any) -> Any:

@@ -91,7 +91,8 @@ def most_operations(policy: str) -> int:
     return timm_auto_augment.rand_augment_transform(policy, {}).num_layers
 
 
-def done(operations: Iterable[Operation], pixels: Pixels) -> Pixels:
+# Lists of anything: to look into a list of operations, the check of types in tests would draw from Python's generator.
+def done(operations: Iterable, pixels: Pixels) -> Pixels:
     """Do operations to an image, one after the other."""
     canvas = Canvas(pixels)
     for name, strength, options in operations:
@@ -99,7 +100,6 @@ def done(operations: Iterable[Operation], pixels: Pixels) -> Pixels:
     return canvas.finished()
 
 
-# Lists of anything: to look into a list of operations, the check of types in tests would draw from Python's generator.
 def _noted(name: str, drawn: list, *strength: float | int, **options: Any) -> list:
     """Stand in for an operation of timm's: note what it would do."""
     if name in WARPING and isinstance(options["resample"], tuple | list):

@@ -103,7 +103,7 @@ MAY_IMPORT = {
     "evaluate": {"batch", "distributed", "errors", "records"},
     "batch": set(),
     "processes": {"errors", "stop"},
-    "dali": {"augment", "dali_graph", "errors"},
+    "dali": {"augment", "dali_graph"},
     "dali_graph": {"augment", "rand_augment"},
     "data": {
         "augment", "batch", "config", "dali", "dali_graph", "errors", "finish", "images", "jpeg", "machine", "pixels",
