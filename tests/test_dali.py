@@ -32,24 +32,24 @@ from dytrun.sources import load_data
 IS_HERE = any((one.name or "").startswith("nvidia-dali-cuda") for one in metadata.distributions())
 needs_dali = pytest.mark.skipif(not IS_HERE, reason="DALI is not installed (the extra dali)")
 SIZE, FILL = 224, (124, 116, 104)
-# The drawn strength of each operation: a usual one of the paper's policy. Then the mean difference of a value from
-# Pillow's that is accepted, in levels of 255, and the largest of 99.9 % of the values.
+# The strength of each operation, a usual one of the paper's policy. Then the mean difference of a value from Pillow's
+# that is accepted, in levels of 255, and what 99.9 % of the differences stay within.
 NEAR = {
-    "AutoContrast": ((), 0.8, 2),
-    "Equalize": ((), 3.0, 16),
-    "Invert": ((), 0.01, 0),
-    "Posterize": ((2,), 0.01, 0),
-    "Solarize": ((26,), 0.01, 0),
-    "SolarizeAdd": ((99,), 0.01, 0),
-    "Color": ((1.8,), 0.3, 2),
-    "Contrast": ((1.8,), 0.3, 2),
-    "Brightness": ((0.2,), 0.1, 1),
-    "Sharpness": ((1.8,), 1.0, 40),
-    "Rotate": ((27.0,), 2.0, 40),
-    "ShearX": ((0.27,), 2.0, 40),
-    "ShearY": ((-0.27,), 2.0, 40),
-    "TranslateXRel": ((0.405,), 2.0, 40),
-    "TranslateYRel": ((-0.2,), 2.0, 40),
+    "AutoContrast": ((), 0.1, 1),
+    "Equalize": ((), 1.0, 2),
+    "Invert": ((), 0.0, 0),
+    "Posterize": ((2,), 0.0, 0),
+    "Solarize": ((26,), 0.0, 0),
+    "SolarizeAdd": ((99,), 0.0, 0),
+    "Color": ((1.8,), 0.01, 1),
+    "Contrast": ((1.8,), 0.01, 1),
+    "Brightness": ((0.2,), 0.01, 1),
+    "Sharpness": ((1.8,), 0.5, 5),
+    "Rotate": ((27.0,), 1.0, 25),
+    "ShearX": ((0.27,), 1.0, 25),
+    "ShearY": ((-0.27,), 1.0, 25),
+    "TranslateXRel": ((0.405,), 1.0, 25),
+    "TranslateYRel": ((-0.2,), 1.0, 25),
 }
 
 
@@ -291,7 +291,7 @@ def test_a_run_ends_and_is_evaluated_as_with_the_default_loader(tmp_path):
     assert abs(top1["torch"] - top1["dali"]) < 15
     evaluated = dytrun("eval", str(only(tmp_path / "dali")), "workers=2")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert f"{top1['dali']:.2f}" in evaluated.stdout
+    assert f"{top1['dali']:.3f}" in evaluated.stdout
 
 
 @needs_dali
@@ -310,9 +310,19 @@ def test_a_run_that_is_stopped_goes_on_bit_equal(tmp_path):
     started.send_signal(signal.SIGTERM)
     _, said = started.communicate(timeout=60)
     assert started.returncode == 75, said
+    shutil.copytree("parts", "other")
     again = dytrun("train", *arguments, "machine.workers=2")
     assert again.returncode == 0, again.stderr
     digests = [json.loads((only(tmp_path / name) / "result.json").read_text())["weights_sha256"]
                for name in ("whole", "parts")]  # fmt: skip
     assert digests[0] == digests[1]
     assert json.loads((only(tmp_path / "parts") / "result.json").read_text())["starts"][-1]["changed_build"] == {}
+    # By the other loader it goes on too, and that is said.
+    other = dytrun("train", *arguments, "machine.loader=torch", "runs_dir=other")
+    assert other.returncode == 0, other.stderr
+    changed = json.loads((only(tmp_path / "other") / "result.json").read_text())["starts"][-1]["changed_build"]
+    assert list(changed) == ["loader"]
+    assert changed["loader"][0].startswith("dali ")
+    assert f"not bit-equal to a run that was never interrupted: loader {changed['loader'][0]} before, torch now" in (
+        " ".join((other.stdout + other.stderr).split())
+    )
