@@ -8,8 +8,8 @@ Axes: B batch, C channel, H height, W width, K class.
 """
 
 import math
-import sys
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -62,7 +62,8 @@ class Finish:
         """Take the mean and standard deviation of `data`; `erase_mode` is "pixel", "rand" or "const"."""
         self._data, self._mode = data, erase_mode
         self._constants = constants(data, erase_mode, device)
-        self._buffers: list[np.ndarray] = []
+        # Memory of the last batches, and what tells whether somebody still uses it.
+        self._buffers: list[tuple[np.ndarray, weakref.ref]] = []
         self._scratch = torch.empty(len(data.mean), data.image_size, data.image_size)
         # A batch of another size is compiled anew.
         self._fused = torch.compile(fused, dynamic=False) if device.type == "cuda" else None
@@ -87,7 +88,7 @@ class Finish:
 
     def _in_place(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
         number, height, width, channels = images.shape
-        memory = self._free((number, channels, height, width))
+        memory = self._lent((number, channels, height, width))
         out = torch.from_numpy(memory)
         rows = [None] * number if erased is None else erased.tolist()
         # Pair by pair, while both are in the cache; in the middle there may be one alone.
@@ -100,14 +101,16 @@ class Finish:
                 self._mix_pair(out[index], out[other], mixing)
         return out
 
-    def _free(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return memory that no tensor uses any more: to touch as much for the first time takes longer than to fill it."""
-        for memory in self._buffers:
-            # Referred to by the list, by this loop, and by the question; a tensor made of it would be a fourth.
-            if memory.shape == shape and sys.getrefcount(memory) == 3:
-                return memory
-        self._buffers = [*self._buffers[-1:], np.empty(shape, np.float32)]
-        return self._buffers[-1]
+    def _lent(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return memory that no tensor uses any more: to touch new memory takes longer than to fill it."""
+        memory = next((memory for memory, user in self._buffers if memory.shape == shape and user() is None), None)
+        if memory is None:
+            memory = np.empty(shape, np.float32)
+        # A tensor that is made of the view, and whatever is a view of that, keeps the view alive.
+        view = memory[:]
+        kept = [one for one in self._buffers if one[0] is not memory]
+        self._buffers = [*kept[-1:], (memory, weakref.ref(view))]
+        return view
 
     def _mix_pair(self, one: Tensor, other: Tensor, mixing: Mixing) -> None:
         if mixing.cut is None:
