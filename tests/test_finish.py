@@ -79,8 +79,7 @@ def test_a_batch_that_is_kept_is_not_written_over():
     more = [finish(images) for _ in range(5)]
     assert all(torch.equal(one, other[2:3, 1]) for one, other in zip(views, expected, strict=True))
     del more, views
-    first = finish(images).data_ptr()
-    assert first == finish(images).data_ptr()
+    assert len({finish(images).data_ptr() for _ in range(6)}) <= 2
 
 
 def test_a_box_is_erased_and_nothing_else():
