@@ -65,10 +65,10 @@ def main() -> int:
         begun = time.monotonic()
         worst = compared(root, device)
         fallen_back = [str(one.message) for one in warned if "single operators" in str(one.message)]
-        print(
-            f"{device}: finished batches differ from the CPU's by {worst:.2g} at most ({time.monotonic() - begun:.0f} s)"
-        )
-        print(*fallen_back, sep="\n")
+        took = f"({time.monotonic() - begun:.0f} s)"
+        lines = [f"{device}: finished batches differ from the CPU's by {worst:.2g} at most {took}", *fallen_back]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
         command = [sys.executable, "-m", "dytrun", "bench=data", f"data.root={root}", "bench.peer=timm",
                    f"bench.out={out / 'bench-data.json'}", *overrides]  # fmt: skip
         done = subprocess.run(command, check=False)
