@@ -9,6 +9,7 @@ Axes: B batch, C channel, H height, W width, K class.
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,6 +62,9 @@ class Finish:
         """Take the mean and standard deviation of `data`; `erase_mode` is "pixel", "rand" or "const"."""
         self._data, self._mode = data, erase_mode
         self._constants = constants(data, erase_mode, device)
+        # Memory of the last batches, and what tells whether somebody still uses it.
+        self._buffers: list[tuple[np.ndarray, weakref.ref]] = []
+        self._scratch = torch.empty(len(data.mean), data.image_size, data.image_size)
         # A batch of another size is compiled anew.
         self._fused = torch.compile(fused, dynamic=False) if device.type == "cuda" else None
 
@@ -84,34 +88,48 @@ class Finish:
 
     def _in_place(self, images: Tensor, erased: Tensor | None, mixing: Mixing) -> Tensor:
         number, height, width, channels = images.shape
-        # NumPy asks for huge pages; to touch so much memory for the first time in small ones takes longest of all.
-        memory = np.empty((number, channels, height, width), np.float32)
-        ops.normalised(images.numpy(), self._data.mean, self._data.std, memory)
+        memory = self._lent((number, channels, height, width))
         out = torch.from_numpy(memory)
-        for index, (top, left, box_height, box_width, key) in enumerate([] if erased is None else erased.tolist()):
-            if box_height:
-                box = (slice(None), slice(top, top + box_height), slice(left, left + box_width))
-                out[index][box] = _filling(torch.tensor(key), self._constants.places[box], self._mode)
-        if mixing.lam != 1:
-            # Pair by pair, while both are in the cache.
-            for index in range((number + 1) // 2):
-                _mix_pair(out[index], out[number - 1 - index], mixing)
+        rows = [None] * number if erased is None else erased.tolist()
+        # Pair by pair, while both are in the cache; in the middle there may be one alone.
+        for index in range((number + 1) // 2):
+            other = number - 1 - index
+            for one in {index, other}:
+                ops.normalised(images[one : one + 1].numpy(), self._data.mean, self._data.std, memory[one : one + 1])
+                self._erase(out[one], rows[one])
+            if mixing.lam != 1 and index != other:
+                self._mix_pair(out[index], out[other], mixing)
         return out
 
+    def _lent(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return memory that no tensor uses any more: to touch new memory takes longer than to fill it."""
+        memory = next((memory for memory, user in self._buffers if memory.shape == shape and user() is None), None)
+        if memory is None:
+            memory = np.empty(shape, np.float32)
+        # A tensor that is made of the view, and whatever is a view of that, keeps the view alive.
+        view = memory[:]
+        kept = [one for one in self._buffers if one[0] is not memory]
+        self._buffers = [*kept[-1:], (memory, weakref.ref(view))]
+        return view
 
-def _mix_pair(one: Tensor, other: Tensor, mixing: Mixing) -> None:
-    """Mix two images with each other in place; they may be the same one, in the middle of a batch."""
-    if mixing.cut is not None:
+    def _mix_pair(self, one: Tensor, other: Tensor, mixing: Mixing) -> None:
+        if mixing.cut is None:
+            before = self._scratch.copy_(one)
+            one.lerp_(other, 1 - mixing.lam)
+            other.lerp_(before, 1 - mixing.lam)
+            return
         top, left, height, width = mixing.cut
         box = (..., slice(top, top + height), slice(left, left + width))
         before = one[box].clone()
         one[box] = other[box]
         other[box] = before
-        return
-    from_one, from_other = one * (1 - mixing.lam), other * (1 - mixing.lam)
-    one.mul_(mixing.lam).add_(from_other)
-    if one.data_ptr() != other.data_ptr():
-        other.mul_(mixing.lam).add_(from_one)
+
+    def _erase(self, image: Tensor, erased: list[int] | None) -> None:
+        if erased is None or erased[2] == 0:
+            return
+        top, left, height, width, key = erased
+        box = (slice(None), slice(top, top + height), slice(left, left + width))
+        image[box] = _filling(torch.tensor(key), self._constants.places[box], self._mode)
 
 
 def constants(data: DataConfig, erase_mode: str, device: torch.device) -> Constants:
@@ -193,14 +211,12 @@ def _filling(key: Tensor, places: Tensor, mode: str) -> Tensor:
 
 def noise(key: Int[Tensor, "..."], places: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return standard normal numbers, each a function of a key and a place: SplitMix64, then Box and Muller."""
-    bits = key + (places + 1) * _STEP
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND
-    bits = bits ^ _shifted(bits, 31)
-    radius, angle = (_shifted(bits, 40) + 1) * 2.0**-24, (bits & 0xFFFFFF) * 2.0**-24
-    return torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Shift to the right, zeros coming in."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    bits = (places + 1) * _STEP + key
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        # To the right, zeros coming in.
+        bits ^= (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        if factor != 1:
+            bits *= factor
+    radius, angle = ((bits >> 40) & 0xFFFFFF).float(), (bits & 0xFFFFFF).float()
+    radius = radius.add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    return radius.mul_(angle.mul_(2 * math.pi * 2.0**-24).cos_())

@@ -5,7 +5,7 @@
 #     bash tests/gpu.sh FASHION_MNIST_DIR OUT_DIR
 #
 # FASHION_MNIST_DIR holds the four IDX files (Debian: dataset-fashion-mnist). OUT_DIR gets the log, the report and the
-# results, small enough to copy home; figures belong in runs/README.md, with the date and the device. About eight
+# results, small enough to copy home; figures belong in runs/README.md, with the date and the device. About ten
 # minutes on one H200 (estimated: not yet run).
 set -euo pipefail
 data=$1 out=$2
@@ -17,6 +17,11 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 DYTRUN_TEST_DEVICE=cuda python3 -m pytest -q -p no:cacheprovider -o addopts= -o timeout=0 -W ignore \
   tests/test_engine.py tests/test_parity.py 2>&1 |
   tee "$out/engine.log" || echo "engine tests failed on the device" | tee -a "$out/engine.log"
+
+# The image path: batches finished on the device against the CPU's, the loader beside timm's, does it feed a ViT-B? About
+# two minutes.
+python3 tests/gpu_images.py "$out" model=vit_b precision=bf16 machine.compile=blocks machine.max_batch_per_rank=128 \
+  'bench.workers=[4,15]' bench.rounds=5 2>&1 | tee "$out/images.log" || echo "the image path failed" | tee -a "$out/images.log"
 
 # LN against DyT on real images, bf16, compiled; a ViT-S of 64 tokens.
 runs=$(mktemp -d)

@@ -67,6 +67,21 @@ def test_a_batch_may_be_odd(mixing):
         )  # fmt: skip
 
 
+def test_a_batch_that_is_kept_is_not_written_over():
+    """Its memory is used again once nobody holds it, or a view of it."""
+    finish, images = Finish(DATA, "pixel", CPU), batch()
+    kept = [finish(images + shift) for shift in range(5)]
+    expected = [finished(images + shift) for shift in range(5)]
+    views = [one[2:3, 1] for one in kept]
+    assert len({one.data_ptr() for one in kept}) == 5
+    assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))
+    del kept
+    more = [finish(images) for _ in range(5)]
+    assert all(torch.equal(one, other[2:3, 1]) for one, other in zip(views, expected, strict=True))
+    del more, views
+    assert len({finish(images).data_ptr() for _ in range(6)}) <= 2
+
+
 def test_a_box_is_erased_and_nothing_else():
     images = batch()
     plain, got = finished(images), finished(images, BOXES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import config_of
+from conftest import config_of, dytrun
 from PIL import Image
 from timm.data import create_transform
 
@@ -88,6 +88,31 @@ def test_taken_up_at_any_step_by_other_loaders(tree, step):
     config = recipe(tree)
     rest = batches(config, RankShare(0, 1, BATCH, 1, STEPS_PER_EPOCH, step, STEPS), workers=3)
     assert_same(batches(config)[step:], rest)
+
+
+@pytest.fixture(scope="module")
+def folder_and_pack(tmp_path_factory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("packed")
+    done = dytrun("data", "pack", str(tree_of_photos(place / "photos")), f"out={place / 'pack'}")
+    assert done.returncode == 0, done.stderr
+    return place / "photos", place / "pack"
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "workers", "step"), [(0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 3, 1), (1, 2, 0, 3), (0, 2, 3, 0)]
+)
+def test_from_a_pack_as_from_the_folder(folder_and_pack, rank, world, workers, step):
+    """Of the bytes untouched: by any loaders, on either rank, taken up at any step."""
+    folder, pack = (recipe(root) for root in folder_and_pack)
+    share = RankShare(rank, world, BATCH // world, 1, STEPS_PER_EPOCH, step, STEPS)
+    assert_same(batches(folder, share), batches(pack, share, workers))
+
+
+def test_validation_from_a_pack_too(folder_and_pack):
+    seen = []
+    for config in map(recipe, folder_and_pack):
+        seen.append(list(ValBatches(config.data, load_data(config.data).val, 4, 1, (0, 1, CPU))()))
+    assert_same(*seen)
 
 
 def test_whatever_computes_them(tree, monkeypatch):
