@@ -5,6 +5,7 @@ Where DALI is not installed, only that this is said in one line.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
