@@ -8,6 +8,7 @@ chosen by (seed, index).
 """
 
 import ctypes
+import functools
 import multiprocessing
 import signal
 import sys
@@ -41,6 +42,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BATCHES_WORTH_A_PROCESS = 4
 # Bytes of 8-bit images that the loader processes of a rank may hold ready, and batches for each of them.
 _READY_BYTES, _FEWEST_READY, _MOST_READY = 256 * 2**20, 2, 8
+# The same one for all loaders: torch keeps freed memory by stream, and one for each evaluation would keep it for ever.
+_side_stream = functools.cache(torch.cuda.Stream)
 
 
 class _Sample(NamedTuple):
@@ -279,7 +282,7 @@ def _on_device(loaded: Iterator[_Loaded], device: torch.device) -> Iterator[_Loa
     if device.type != "cuda":
         yield from loaded
         return
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
 
     def copied(batch: _Loaded) -> tuple[_Loaded, torch.cuda.Event]:
         is_there = torch.cuda.Event()
