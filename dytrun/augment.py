@@ -175,7 +175,8 @@ def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple
     for _ in range(_TRIES):
         area = random.uniform(*scale) * (height * width)
         aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        # At least a pixel: timm's rounds to none in the smallest images, and fails on them.
+        box_width, box_height = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
         if box_width <= width and box_height <= height:
             top = random.randint(0, height - box_height)
             return Box(top, random.randint(0, width - box_width), box_height, box_width)

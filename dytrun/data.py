@@ -7,6 +7,7 @@ loader processes changes nothing. So is what stands in for a training image that
 chosen by (seed, index).
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +50,8 @@ _BATCHES_WORTH_A_PROCESS = 4
 # Bytes of 8-bit images that the loader processes of a rank may hold ready, and batches for each of them.
 _READY_BYTES, _FEWEST_READY, _MOST_READY = 256 * 2**20, 2, 8
 _Made = Callable[[Drawer], Callable[[Picture], ops.Pixels | Deferred]]
+# The same one for all loaders: torch keeps freed memory by stream, and one for each evaluation would keep it for ever.
+_side_stream = functools.cache(torch.cuda.Stream)
 
 
 class _Sample(NamedTuple):
@@ -320,7 +323,7 @@ def _on_device(loaded: Iterator[_Loaded], device: torch.device) -> Iterator[_Loa
     if device.type != "cuda":
         yield from loaded
         return
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
 
     def copied(batch: _Loaded) -> tuple[_Loaded, torch.cuda.Event]:
         is_there = torch.cuda.Event()

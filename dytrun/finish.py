@@ -194,7 +194,8 @@ def fused(
         filling = _filling(erased[:, 4].view(-1, 1, 1, 1), constants.places, erase_mode)
         out = torch.where(_inside(erased[:, :4].unbind(1), out), filling, out)
     other, share = out.flip(0), mixing[0]
-    return torch.where(_inside(mixing[1:].unbind(), out), other, out * share + other * (1 - share))
+    # As images lie elsewhere too: those that come in have their channels last, and a model would go on with that.
+    return torch.where(_inside(mixing[1:].unbind(), out), other, out * share + other * (1 - share)).contiguous()
 
 
 def _inside(box: Sequence[Tensor], images: Tensor) -> Tensor:

@@ -103,24 +103,9 @@ bool decode(Decoder& decoder, const uint8_t* data, int64_t bytes, Part& part, ui
     return !decoder.errors->has_warned;
 }
 
-}  // namespace
-
-extern "C" {
-
-// Finds the library among those that `path`, Pillow's own, is linked to.
-int jpeg_open(const char* path) {
-    void* from = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    return sizeof(void*) == 8 && from && find(from, "jpeg_std_error", library.std_error) &&
-           find(from, "jpeg_CreateDecompress", library.create) && find(from, "jpeg_mem_src", library.mem_src) &&
-           find(from, "jpeg_read_header", library.read_header) && find(from, "jpeg_start_decompress", library.start) &&
-           find(from, "jpeg_crop_scanline", library.crop_scanline) &&
-           find(from, "jpeg_skip_scanlines", library.skip_scanlines) &&
-           find(from, "jpeg_read_scanlines", library.read_scanlines) &&
-           find(from, "jpeg_destroy_decompress", library.destroy);
-}
-
-// Returns whether it was decoded without error and warning; `scratch` has room for a row of the image.
-int jpeg_part(const uint8_t* data, int64_t bytes, Part* part, uint8_t* out, int64_t room, uint8_t* scratch) {
+// Whether `work` does it on a decoder of its own, without an error of the library.
+template <typename Work>
+bool guarded(const Work& work) {
     Errors errors;
     Decoder decoder = {};
     decoder.errors = library.std_error(&errors);
@@ -129,8 +114,34 @@ int jpeg_part(const uint8_t* data, int64_t bytes, Part* part, uint8_t* out, int6
     errors.output = say_nothing;
     errors.has_warned = false;
     volatile bool is_done = false;
-    if (setjmp(errors.after) == 0) is_done = decode(decoder, data, bytes, *part, out, room, scratch);
+    if (setjmp(errors.after) == 0) is_done = work(decoder);
     if (decoder.memory) library.destroy(&decoder);
     return is_done;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Finds the library among those that `path`, Pillow's own, is linked to, and asks it whether it has this interface.
+int jpeg_open(const char* path) {
+    void* from = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    const bool is_found =
+        sizeof(void*) == 8 && from && find(from, "jpeg_std_error", library.std_error) &&
+        find(from, "jpeg_CreateDecompress", library.create) && find(from, "jpeg_mem_src", library.mem_src) &&
+        find(from, "jpeg_read_header", library.read_header) && find(from, "jpeg_start_decompress", library.start) &&
+        find(from, "jpeg_crop_scanline", library.crop_scanline) &&
+        find(from, "jpeg_skip_scanlines", library.skip_scanlines) &&
+        find(from, "jpeg_read_scanlines", library.read_scanlines) &&
+        find(from, "jpeg_destroy_decompress", library.destroy);
+    return is_found && guarded([](Decoder& decoder) {
+               library.create(&decoder, VERSION, STRUCT_BYTES);
+               return true;
+           });
+}
+
+// Returns whether it was decoded without error and warning; `scratch` has room for a row of the image.
+int jpeg_part(const uint8_t* data, int64_t bytes, Part* part, uint8_t* out, int64_t room, uint8_t* scratch) {
+    return guarded([&](Decoder& decoder) { return decode(decoder, data, bytes, *part, out, room, scratch); });
 }
 }

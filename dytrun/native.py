@@ -35,9 +35,14 @@ def library(source: Path, flags: Sequence[str]) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory(prefix="dytrun-") as scratch:
             kept = _cache() or Path(scratch)
             file = kept / f"{source.stem}-{name}.so"
+            command = [*compiler.split(), *flags, str(source)]
             if not file.exists():
-                _compile([*compiler.split(), *flags, str(source)], file)
-            return ctypes.CDLL(str(file))
+                _compile(command, file)
+            try:
+                return ctypes.CDLL(str(file))
+            except OSError:  # cut off when the machine went down
+                _compile(command, file)
+                return ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError):
         return None
 

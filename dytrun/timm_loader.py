@@ -33,18 +33,22 @@ class _SameBytes(Dataset):
     """What our loader reads, for timm's transforms: decoded by Pillow, as timm does."""
 
     def __init__(self, split: Split):
-        self._split = split
+        self._split, self._num = split, len(split.labels)
         self.transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
-        return max(_ENDLESS, len(self._split.labels))
+        return max(_ENDLESS, self._num)
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
-        index = place % len(self._split.labels)
+        index = place % self._num
         content = self._split.read(index)
-        image = Image.fromarray(content) if isinstance(content, np.ndarray) else Image.open(io.BytesIO(content))
+        try:
+            image = Image.fromarray(content) if isinstance(content, np.ndarray) else Image.open(io.BytesIO(content))
+            image = image.convert("RGB")
+        except OSError:  # timm's own Dataset, too, takes the next one then
+            return self[place + 1]
         assert self.transform is not None
-        return self.transform(image.convert("RGB")), int(self._split.labels[index])
+        return self.transform(image), int(self._split.labels[index])
 
 
 class Files:

@@ -198,7 +198,7 @@ def test_crops_are_distributed_as_timms():
         assert stats.ks_2samp(ours[:, column], timms[:, column]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size", [(375, 500), (500, 90), (30, 2000), (1, 1)])
+@pytest.mark.parametrize("size", [(375, 500), (500, 90), (30, 2000), (9, 7)])
 def test_a_crop_is_timms_for_every_seed(size):
     image = Image.new("RGB", size[::-1])
     for seed in range(300):
@@ -206,6 +206,22 @@ def test_a_crop_is_timms_for_every_seed(size):
         got = random_box(*size, (0.3, 1.0), (0.75, 1.3333))
         seeded(seed)
         assert got == RandomResizedCropAndInterpolation.get_params(image, (0.3, 1.0), (0.75, 1.3333))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2)])
+def test_a_crop_of_the_smallest_images_keeps_a_pixel(size):
+    """timm rounds some of them to nothing, which no one can resize."""
+    timms = []
+    for seed in range(300):
+        seeded(seed)
+        top, left, height, width = random_box(*size, (0.01, 1.0), (0.75, 1.3333))
+        assert top >= 0 < height <= size[0] - top
+        assert left >= 0 < width <= size[1] - left
+        seeded(seed)
+        timms.append(
+            RandomResizedCropAndInterpolation.get_params(Image.new("RGB", size[::-1]), (0.01, 1.0), (0.75, 1.3333))
+        )
+    assert any(0 in box[2:] for box in timms)
 
 
 def timms_erasure(size: int, probability: float) -> tuple[int, int, int, int]:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from conftest import _tree, dytrun, image_files
 from timm.data import auto_augment
+from torch.utils.data import DataLoader, Dataset
 
 from dytrun import bench_data, bench_stages, compose, jpeg, machine, paired, pixels, timm_loader
 from dytrun.augment import seeded, train_transform
 from dytrun.bench_data import Fed
-from dytrun.data import RankShare, train_batches
+from dytrun.data import RankShare, _readable, start_worker, train_batches
+from dytrun.errors import UserError
 from dytrun.loader_arm import LoaderArm, _cpu_s_of
-from dytrun.sources import load_data
+from dytrun.sources import Split, load_data
 
 CPU = torch.device("cpu")
 # timm leaves the files open that it reads.
@@ -182,6 +184,38 @@ def test_processes_stand_still_between_turns_and_give_nothing_away():
     assert not multiprocessing.active_children()
 
 
+class FailsAt(Dataset):
+    def __init__(self, place: int):
+        self.place = place
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        if index == self.place:
+            raise UserError("one image of a thousand")
+        return index
+
+
+@pytest.mark.parametrize("place", [0, 4, 9])
+def test_processes_end_at_once_where_a_batch_fails(place):
+    """In the first one, while warming up, in a turn: one that stood still would be waited for."""
+    loader = DataLoader(FailsAt(place), 1, num_workers=2, worker_init_fn=start_worker)
+
+    def measure() -> None:
+        arm = LoaderArm(lambda: _readable(iter(loader)), 1, CPU)
+        try:
+            arm.plan(0.1)
+        finally:
+            arm.close()
+
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="one image of a thousand"):
+        measure()
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - begin < 4
+
+
 def test_a_turn_counts_the_seconds_of_its_processes():
     """A loader in this process that burns a known time for each batch."""
 
@@ -215,6 +249,15 @@ def test_the_folder_of_a_pack_can_be_given_to_timm(tree, tmp_path):
     found = measured(*words, "bench.device=false")
     assert found.values["peer"]["reads"] == f"files of {other}/train" and found.values["peer"]["differs"]
     assert "timm finds 2 images there, another number than dytrun" in found.tables[1].notes
+
+
+def test_timm_takes_the_next_image_of_a_pack_where_one_is_damaged(tree):
+    split = load_data(config_of(f"data.root={tree}", "data.val_split=train").run.data).train
+    contents = [bytes(split.read(index)) for index in range(3)]
+    contents[1] = contents[1][: len(contents[1]) // 2]
+    images = timm_loader._SameBytes(Split(np.array([4, 5, 6]), contents.__getitem__))
+    images.transform = lambda image: image
+    assert [images[place][1] for place in range(4)] == [4, 6, 6, 4]
 
 
 def test_more_processes_than_cores_are_what_was_asked_for(tree):

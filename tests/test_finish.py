@@ -67,6 +67,13 @@ def test_a_batch_may_be_odd(mixing):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("boxes", [None, BOXES])
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_both_ways_lay_images_out_as_models_are_given_them_elsewhere(mode, boxes):
+    for images in (finished(batch(), boxes, CUT, mode), by_whole_tensors(batch(), boxes, CUT, mode)):
+        assert images.is_contiguous()
+
+
 def test_a_batch_that_is_kept_is_not_written_over():
     """Its memory is used again once nobody holds it, or a view of it."""
     finish, images = Finish(DATA, "pixel", CPU), batch()

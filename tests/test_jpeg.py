@@ -1,17 +1,18 @@
 """The part of a JPEG that a crop keeps is that part of the whole, to the bit; what is damaged is never guessed."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, _imaging
 
 from dytrun import jpeg, native
 from dytrun.images import Picture, Unreadable
 
-NATIVE = pytest.mark.skipif(native.library(jpeg._SOURCE, jpeg._FLAGS) is None, reason="no C++ compiler")
+NATIVE = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 
 def encoded(pixels: np.ndarray, **options: object) -> bytes:
@@ -118,6 +119,17 @@ def test_a_header_that_does_not_fit_is_refused():
     assert jpeg.part(content, header._replace(height=30), (0, 0, 30, 40)) is None
     assert jpeg.part(content[:200], header, (0, 0, 40, 40)) is None
     assert jpeg.part(b"nothing of the kind", header, (0, 0, 40, 40)) is None
+
+
+@NATIVE
+@pytest.mark.native
+def test_a_library_with_another_interface_is_not_used(tmp_path):
+    other = tmp_path / "jpeg.cpp"
+    other.write_text(jpeg._SOURCE.read_text().replace("VERSION = 62", "VERSION = 80"))
+    for source, is_used in ((jpeg._SOURCE, True), (other, False)):
+        library = native.library(source, jpeg._FLAGS)
+        assert library is not None
+        assert bool(library.jpeg_open(_imaging.__file__.encode())) is is_used
 
 
 def test_without_parts_the_whole_is_decoded(monkeypatch):
