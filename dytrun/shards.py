@@ -209,7 +209,7 @@ class PackedImages:
 
     @property
     def _advice(self) -> str:
-        return f"dytrun data verify {self._pack} lists all damage; pack it again"
+        return f"dytrun data verify {self._pack} says what else is damaged; pack it again"
 
     def _shard(self, number: int) -> Path:
         return shard_path(self._pack, self._split, number)

@@ -97,7 +97,7 @@ def moving(title: str, total: int) -> Iterator[Callable[[int, int, bool], None]]
     There is no thread behind it, so processes may be forked meanwhile.
     """
     count = TextColumn("{task.completed:.0f}/{task.total:.0f} images")
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(),
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), count, TimeRemainingColumn(),
                TextColumn("{task.fields[now]}"))  # fmt: skip
     progress = Progress(*columns, console=console(), auto_refresh=False)
     task = progress.add_task(title, total=total, now="")

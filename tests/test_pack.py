@@ -300,6 +300,14 @@ def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path, source, m
     assert "36 images" in out and "all as they were packed (short side at most 64 px, JPEG quality 95" in out
 
 
+def test_a_terminal_shows_paths_that_look_like_markup(tmp_path, source):
+    (tmp_path / "a[").mkdir()
+    source = source.rename(tmp_path / "a[" / "b]")
+    done = dytrun("data", "pack", str(source), f"out={tmp_path / 'out'}", env={"FORCE_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "━" in done.stdout and "36/36 images" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

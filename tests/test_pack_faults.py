@@ -462,7 +462,7 @@ def test_training_stops_at_a_flipped_bit_before_the_image_is_used(warm, tmp_path
     assert job.code == 2, job.said()
     last = job.said().splitlines()[-1]
     assert f"dytrun: {whole}/train-00001.shard: {whole}/train/n0" in last
-    assert f"is not as it was packed; dytrun data verify {whole} lists all damage" in last
+    assert f"is not as it was packed; dytrun data verify {whole} says what else is damaged" in last
     assert "Traceback" not in job.said()
     done = dytrun("data", "verify", str(whole))
     assert done.returncode == 2
