@@ -81,7 +81,7 @@ def pack(config: PackConfig) -> Packed:
     made_from = _made_from(config, kind, source, classes, listings)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with contextlib.nullcontext() if (out / MANIFEST).exists() else _alone(out):  # what is whole may be read-only
             was_there = (manifest := _begun(out, made_from)) is not None
             manifest, num_kept = (manifest, 0) if manifest else _make(config, made_from, classes, listings)
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)

@@ -300,6 +300,12 @@ def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path, source, m
     assert "36 images" in out and "all as they were packed (short side at most 64 px, JPEG quality 95" in out
 
 
+def test_the_whole_configuration_is_shown_beside_a_directory(tmp_path, source, monkeypatch, capsys):
+    for args in (("data", "pack", source, "--cfg", "job"), ("data", "pack", "--cfg", "job", f"source={source}")):
+        code, out, err = run(monkeypatch, capsys, *args)
+        assert (code, err) == (0, []) and f"source: {source}" in out and "short_side: null" in out
+
+
 def test_a_terminal_shows_paths_that_look_like_markup(tmp_path, source):
     (tmp_path / "a[").mkdir()
     source = source.rename(tmp_path / "a[" / "b]")

@@ -35,6 +35,8 @@ from dytrun.seal import sealed, unsealed
 from dytrun.shards import MANIFEST, RECORD, PackedImages, open_pack, verify
 
 KILLS = int(os.environ.get("DYTRUN_KILLS", "10"))
+# Permissions bind root too.
+AS_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 SHRUNK = ("short_side=64", "workers=2", "shard_mib=0.2")
 
 
@@ -374,15 +376,22 @@ def test_only_what_has_just_been_written_counts_as_work(warm, large, tmp_path):
     assert "of the images were there already" in took and "images/s" not in took
 
 
+def test_a_whole_pack_that_may_not_be_written_is_complete(whole, source):
+    whole.chmod(0o555)
+    command = [*AS_ANYBODY, sys.executable, "-m", "dytrun", "data", "pack", source, f"out={whole}", "shard_mib=0.06"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    whole.chmod(0o755)
+    assert done.returncode == 0 and f"{whole}: complete already" in done.stdout, done.stderr
+
+
 def test_a_source_that_may_not_be_read_gets_one_line(tmp_path, content):
     root = packs.tars(tmp_path / "tars", content)
     (root / "ILSVRC2012_img_train.tar").chmod(0)
     root.joinpath("train").mkdir()
-    without = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
     for mode, expected in ((0o755, "img_train.tar: Permission denied"), (0, "tars is no directory that can be read (")):
         root.chmod(mode)
-        done = subprocess.run([*without, sys.executable, "-m", "dytrun", "data", "pack", root, f"out={tmp_path}/out"],
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        command = [*AS_ANYBODY, sys.executable, "-m", "dytrun", "data", "pack", root, f"out={tmp_path}/out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert expected in done.stderr
     root.chmod(0o755)
