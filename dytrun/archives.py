@@ -20,7 +20,7 @@ import numpy as np
 
 from dytrun.errors import UserError, first_line
 from dytrun.folders import SUFFIXES, Listing, shortened
-from dytrun.images import Unreadable
+from dytrun.images import MOST_BYTES, Unreadable
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEVKIT, _SOLUTION = "ILSVRC2012_devkit_t12.tar.gz", "LOC_val_solution.csv"
@@ -75,6 +75,9 @@ class _Slices:
     def __call__(self, first: int, end: int) -> Iterator[bytes | Unreadable]:
         with self._path.open("rb", buffering=0) as file:
             for member in self._members[first:end]:
+                if member.size > MOST_BYTES:
+                    yield Unreadable(f"{self._path}: {member.name}", f"{member.size:,} bytes are too many for an image")
+                    continue
                 try:
                     file.seek(member.start)
                     yield file.read(member.size)
@@ -216,7 +219,11 @@ def _of_devkit(path: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
     wanted = {"data/ILSVRC2012_validation_ground_truth.txt": b"", "data/meta.mat": b""}
-    with gzip.open(path) as raw, tarfile.open(fileobj=raw, mode="r:") as tar:  # pyright: ignore[reportArgumentType]
+    with gzip.open(path) as packed:
+        raw = packed.read(4 * _MOST_TEXT + 1)
+    if len(raw) > 4 * _MOST_TEXT:
+        raise ValueError("too large")
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
         for info in tar:
             for name in wanted:
                 if f"/{info.name}".endswith(f"/{name}") and info.isreg():

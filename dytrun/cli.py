@@ -5,6 +5,7 @@ Nothing heavy is imported before a configuration is composed and valid.
 
 import atexit
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -34,6 +35,8 @@ from dytrun.usage import (
 # Flags with which Hydra shows something instead of running.
 _COMPLETE = ("--shell-completion", "-sc")
 _SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help", *_COMPLETE)
+# Flags whose value is the next argument.
+_VALUED = ("--cfg", "-c", "--config-dir", "-cd", "--package", "-p")
 # No more of a command line than this is noted in starts.jsonl.
 _COMMAND_CHARS = 20_000
 
@@ -101,11 +104,9 @@ def _main(args: list[str]) -> int:
             raise UserError(f"'{rest[0]}' is no key=value; see dytrun train --help")
         key = "source" if verb == "data pack" else "dir"
         rest[0] = f"bench={rest[0]}" if verb == "bench" else f"{key}={compose.quoted(rest[0])}"
-    if (
-        len(rest) > 1
-        and verb != "train"
-        and (extra := [arg for arg in rest[1:] if arg in compose.MULTIRUN or is_bare(arg)])
-    ):
+    extra = [arg for before, arg in itertools.pairwise(rest)
+             if arg in compose.MULTIRUN or (is_bare(arg) and before not in _VALUED)]  # fmt: skip
+    if verb != "train" and extra:
         what = "benchmark" if verb == "bench" else "directory"
         raise UserError(f"{extra[0]}: dytrun {verb} takes one {what} and key=value, and does not sweep")
     if any(flag_name(arg) in _SHOW for arg in rest):

@@ -1,11 +1,12 @@
 """What each command does with a valid configuration, and what a person is shown of it."""
 
+import re
 import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from dytrun import launch, owner, terminal
+from dytrun import compose, launch, owner, terminal
 from dytrun.bench_config import BenchConfig
 from dytrun.config import EvalConfig, Published, ReplayConfig, RunConfig
 from dytrun.errors import UserError
@@ -127,11 +128,16 @@ def pack(config: PackConfig) -> None:
     ]  # fmt: skip
     if kept := sum(len(one.unreadable) for one in splits.values()):
         rows.append(("unreadable", f"{kept} image(s), packed as they are; pack.json names them"))
-    if not made.was_there:
+    if made.num_kept:
+        rows.append(("took", f"{made.seconds:,.1f} s; {made.num_kept:,} of the images were there already"))
+    elif not made.was_there:
         rows.append(("took", f"{made.seconds:,.1f} s: {num / made.seconds:,.0f} images/s, "
                      f"{size / 2**20 / made.seconds:,.1f} MiB/s"))  # fmt: skip
     name = "imagenet" if len(manifest.classes) == _IMAGENET_CLASSES else "folder"
-    typed = f"dytrun train data={name} data.root={shlex.quote(str(Path(config.out).resolve()))}"
+    root = str(Path(config.out).resolve())
+    if not re.fullmatch(r"[\w./-]+", root):  # as the grammar of key=value wants it
+        root = compose.quoted(root)
+    typed = f"dytrun train data={name} {shlex.quote(f'data.root={root}')}"
     for key in ("train_split", "val_split"):
         typed += f" data.{key}={value}" if (value := getattr(config, key)) != key.partition("_")[0] else ""
     rows.append(("to train", typed if len(splits) == 2 else f"it lacks {' and '.join(_missing(config, splits))}"))

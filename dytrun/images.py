@@ -26,8 +26,8 @@ from dytrun.pixels import Pixels
 
 MOST_PIXELS = 89_478_485
 """Larger images are refused unread: Pillow's limit, from which on it warns."""
-# No image of so many pixels needs more bytes, at 16 bits a channel and nothing compressed.
-_MOST_BYTES = 8 * MOST_PIXELS
+MOST_BYTES = 8 * MOST_PIXELS
+"""No image of so many pixels needs more, at 16 bits a channel and nothing compressed."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 # Before a file that cannot be got at is tried again: enough for a server that takes its time, not for one that is gone.
 _WAITS_S = (0.1, 0.4, 1.6)
@@ -136,7 +136,7 @@ def _read(path: str, waits_s: Sequence[float]) -> bytes:
                 facts = os.fstat(file.fileno())
                 if not stat.S_ISREG(facts.st_mode):
                     raise Unreadable(path, "no regular file")
-                if facts.st_size > _MOST_BYTES:
+                if facts.st_size > MOST_BYTES:
                     raise Unreadable(path, f"{facts.st_size} bytes are too many for an image")
                 return file.read()
         except OSError as error:

@@ -36,6 +36,7 @@ from dytrun.shards import (
     UNFINISHED,
     MadeFrom,
     Manifest,
+    PackedImages,
     PackedSplit,
     PackFile,
     SplitSource,
@@ -58,6 +59,8 @@ class Packed(NamedTuple):
 
     manifest: Manifest
     was_there: bool
+    num_kept: int
+    """Images that were there already, of a pack that was begun."""
     seconds: float
 
 
@@ -70,14 +73,17 @@ def pack(config: PackConfig) -> Packed:
     """
     since = time.monotonic()
     source, out = Path(config.source), Path(config.out)
-    _check_places(source, out)
-    kind, classes, listings = found(config, source)
+    try:
+        _check_places(source, out)
+        kind, classes, listings = found(config, source)
+    except OSError as error:
+        raise UserError(f"{error.filename or source}: {reason(error)}; mend that, or choose another") from None
     made_from = _made_from(config, kind, source, classes, listings)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with contextlib.nullcontext() if (out / MANIFEST).exists() else _alone(out):  # what is whole may be read-only
             was_there = (manifest := _begun(out, made_from)) is not None
-            manifest = manifest or _make(config, made_from, classes, listings)
+            manifest, num_kept = (manifest, 0) if manifest else _make(config, made_from, classes, listings)
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     except Full as error:
         raise UserError(_full(out, str(error))) from None
@@ -85,18 +91,25 @@ def pack(config: PackConfig) -> Packed:
         if error.errno in packers.FULL:
             raise UserError(_full(out, f"{out}: {reason(error)}")) from None
         raise UserError(f"out: {error.filename or out}: {reason(error)}; mend that, or choose another") from None
-    return Packed(manifest, was_there, time.monotonic() - since)
+    return Packed(manifest, was_there, num_kept, time.monotonic() - since)
 
 
 def _check_places(source: Path, out: Path) -> None:
-    if not source.is_dir():
-        raise UserError(f"source: {source} is no directory; give class folders, ImageNet's tars or parquet files")
+    try:
+        os.scandir(source).close()
+    except OSError as error:
+        raise UserError(f"source: {source} is no directory that can be read ({reason(error)}); give class folders, "
+                        "ImageNet's tars or parquet files") from None  # fmt: skip
     if is_pack(source):
         raise UserError(f"source: {source} is a pack already; give what it was made from")
-    if out.resolve().is_relative_to(source.resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise UserError(f"out: {out} lies in the source; choose a directory outside of {source}")
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"out: {out} is no directory; choose another")
+    if os.path.isdir(out) and not any(os.path.exists(out / name) for name in (MANIFEST, f"{UNFINISHED}/{_PLAN}")):
+        strange = sorted(name for name in os.listdir(out) if name not in (_LOCK, UNFINISHED))
+        if strange:
+            raise UserError(f"out: {out} holds other files ({folders.shortened(strange, 3)}); choose an empty one")
 
 
 def _made_from(
@@ -141,8 +154,10 @@ def _alone(out: Path) -> Iterator[None]:
         file = lock.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:  # else its owner has just ended
+            if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
                 break
+        except FileNotFoundError:
+            pass  # its owner has just ended
         except BlockingIOError:
             time.sleep(_TRY_S)
         except OSError:
@@ -152,8 +167,10 @@ def _alone(out: Path) -> Iterator[None]:
     else:
         raise UserError(f"out: another process packs into {out}; wait for it, or choose another directory")
     with file:
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _begun(out: Path, made_from: MadeFrom) -> Manifest | None:
@@ -164,7 +181,7 @@ def _begun(out: Path, made_from: MadeFrom) -> Manifest | None:
     """
     plan = out / UNFINISHED / _PLAN
     now = made_from.model_dump(mode="json")
-    manifest = open_pack(out) if (out / MANIFEST).exists() else None
+    manifest = _opened(out) if (out / MANIFEST).exists() else None
     if manifest is not None:
         before = manifest.made_from.model_dump(mode="json")
     elif plan.exists():
@@ -173,9 +190,6 @@ def _begun(out: Path, made_from: MadeFrom) -> Manifest | None:
         except ValueError as error:
             raise UserError(f"{plan}: {error}; remove {out}, and begin again") from None
     else:
-        strange = sorted(path.name for path in out.iterdir() if path.name not in (_LOCK, UNFINISHED))
-        if strange:
-            raise UserError(f"out: {out} holds other files ({folders.shortened(strange, 3)}); choose an empty one")
         plan.parent.mkdir(exist_ok=True)
         with whole_file(plan) as file:
             file.write(sealed(now))
@@ -189,14 +203,27 @@ def _begun(out: Path, made_from: MadeFrom) -> Manifest | None:
     return manifest
 
 
+def _opened(out: Path) -> Manifest:
+    """Open a pack whose files are all there, each of its size."""
+    try:
+        manifest = open_pack(out)
+        for split in manifest.splits:
+            PackedImages(out, split, manifest)
+    except UserError as error:
+        raise UserError(f"out: {str(error).rpartition(';')[0]}; remove {out}, and begin again") from None
+    return manifest
+
+
 def _in_words(key: str, there: Any, here: Any) -> str:
     if key.endswith(".listing"):
         return f"{key.split('.')[1]} has images of other names, labels or sizes"
     return f"{key} {there} -> {here}"
 
 
-def _make(config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listings: Mapping[str, Listing]) -> Manifest:
-    """Write what is missing: shards, then the indices, then pack.json."""
+def _make(
+    config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listings: Mapping[str, Listing]
+) -> tuple[Manifest, int]:
+    """Write what is missing: shards, then the indices, then pack.json; say how many images were there already."""
     out = Path(config.out)
     plan = hashlib.sha256(sealed(made_from.model_dump(mode="json"))).hexdigest()
     order = Order(out, plan, listings, made_from.short_side, made_from.quality, config.keep_unreadable)
@@ -206,7 +233,7 @@ def _make(config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listi
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if config.workers == "auto" else config.workers
     with terminal.moving(f"packing {config.source}", total) as report:
-        notes = packers.write_all(order, tasks, workers, report)
+        notes, num_kept = packers.write_all(order, tasks, workers, report)
     unreadable = [one for note in notes for one in note.unreadable]
     if unreadable and not config.keep_unreadable:
         said = folders.shortened([f"{name} ({why})" for name, why in unreadable], 3)
@@ -225,7 +252,7 @@ def _make(config: PackConfig, made_from: MadeFrom, classes: Sequence[str], listi
     }
     manifest = Manifest.model_validate(values)
     _place(out, MANIFEST, sealed(values))
-    return manifest
+    return manifest, num_kept
 
 
 def _tasks(split: str, one: Listing, shard_bytes: int) -> Iterator[Task]:

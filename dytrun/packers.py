@@ -85,12 +85,15 @@ class Order(NamedTuple):
     keep_unreadable: bool
 
 
-Report = Callable[[int, int], None]
-"""Is told of images that are done, and the bytes that they have now."""
+Report = Callable[[int, int, bool], None]
+"""Is told of images that are done, the bytes that they have now, and whether they have just been written."""
 
 
-def write_all(order: Order, tasks: Sequence[Task], workers: int, report: Report) -> list[Note]:
-    """Write the shards, in that many processes; return their notes, in the order of the tasks.
+def write_all(order: Order, tasks: Sequence[Task], workers: int, report: Report) -> tuple[list[Note], int]:
+    """Write the shards, in that many processes.
+
+    Returns:
+        Their notes, in the order of the tasks, and how many images were there already.
 
     Raises:
         Full: the disk is full; shards that are whole stay.
@@ -123,8 +126,11 @@ def write_all(order: Order, tasks: Sequence[Task], workers: int, report: Report)
             partial.unlink(missing_ok=True)
 
 
-def _hand_out(tasks: Sequence[Task], pipes: list[Connection], processes: Sequence[Any], report: Report) -> list[Note]:
+def _hand_out(
+    tasks: Sequence[Task], pipes: list[Connection], processes: Sequence[Any], report: Report
+) -> tuple[list[Note], int]:
     notes: dict[int, Note] = {}
+    kept = 0
     waiting = iter(enumerate(tasks))
     for pipe in pipes:
         pipe.send(next(waiting))
@@ -136,7 +142,10 @@ def _hand_out(tasks: Sequence[Task], pipes: list[Connection], processes: Sequenc
             except (EOFError, ConnectionResetError):
                 _died(processes[pipes.index(pipe)])
             if kind == "progress":
-                report(*said)
+                report(said[0], said[1], True)
+            elif kind == "kept":
+                kept += said[0]
+                report(said[0], said[1], False)
             elif kind == "done":
                 place, note = said
                 notes[place] = note
@@ -148,7 +157,7 @@ def _hand_out(tasks: Sequence[Task], pipes: list[Connection], processes: Sequenc
                 raise UserError(*said)
             else:
                 raise RunError(*said)
-    return [notes[place] for place in range(len(tasks))]
+    return [notes[place] for place in range(len(tasks))], kept
 
 
 def _died(process: Any) -> NoReturn:
@@ -169,7 +178,12 @@ def _serve(pipe: Connection, order: Order, parent: int) -> None:
     while True:
         place, task = pipe.recv()
         try:
-            answer = ("done", place, _written(order, task, _Progress(pipe)))
+            note = finished(order, task)
+            if note is not None and (order.keep_unreadable or not note.unreadable):
+                pipe.send(("kept", len(note.lengths), note.bytes))
+            else:
+                note = _written(order, task, _Progress(pipe))
+            answer = ("done", place, note)
         except UserError as error:
             answer = ("refused", *error.problems)
         except OSError as error:
@@ -218,12 +232,7 @@ def finished(order: Order, task: Task) -> Note | None:
 
 
 def _written(order: Order, task: Task, progress: _Progress) -> Note:
-    """Write a shard, unless it is there."""
-    note = finished(order, task)
-    if note is not None and (order.keep_unreadable or not note.unreadable):
-        progress(len(note.lengths), note.bytes)
-        progress.send()
-        return note
+    """Write a shard."""
     note = Note(order.plan, task.first, task.end)
     shard = shard_path(order.out, task.split, task.number)
     with whole_file(order.out / UNFINISHED / shard.name) as file:

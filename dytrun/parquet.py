@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from dytrun.folders import Listing, shortened
 from dytrun.images import Unreadable
 
 _BYTES, _PATH, _LABEL = "image.bytes", "image.path", "label"
+# Where no names of classes are noted, they are numbered up to the largest label: one of nonsense would make a billion.
+_MOST_CLASSES = 1_000_000
 _IMAGENET = re.compile(r"(.+)_(n\d{8})(\.\w+)")
 
 
@@ -52,7 +54,7 @@ class _Groups:
                 rows = range(max(first, group.first), min(end, group.end))
                 for row, data in zip(rows, _bytes(group, rows), strict=True):
                     where = f"{group.file}: row {row - group.first} of row group {group.number}"
-                    yield Unreadable(where, "it has no bytes") if data is None else data
+                    yield Unreadable(where, "it has no bytes") if not isinstance(data, bytes) else data
 
 
 def find_parquet(root: Path, splits: Sequence[str]) -> dict[str, list[Path]]:
@@ -79,6 +81,8 @@ def list_parquet(found: Mapping[str, Sequence[Path]]) -> tuple[list[str], dict[s
     columns = {split: _columns(files) for split, files in found.items()}
     classes = next((one.classes for one in columns.values() if one.classes), None)
     num = len(classes) if classes else 1 + max(int(one.labels.max(initial=0)) for one in columns.values())
+    if not classes and num > _MOST_CLASSES:
+        raise UserError(f"source: a label of {num - 1:,}, and no names of classes; number the classes from 0")
     for split, one in columns.items():
         if len(one.labels) == 0 or one.labels.min() < 0 or one.labels.max() >= num:
             raise UserError(f"source: {split} has a label that is no class (or no row); there are {num} classes")
@@ -141,8 +145,10 @@ def _columns(files: Sequence[Path]) -> _Columns:
                     groups.append(_Group(path, number, first, first + file.metadata.row_group(number).num_rows))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); fetch it again") from None
-    if not all(isinstance(label, int) for label in labels):
+    if not all(isinstance(label, int) and abs(label) < 1 << 63 for label in labels):
         raise UserError(f"{files[0].parent}: has rows whose label is missing or no number; mend them")
+    if not all(path is None or isinstance(path, str) for path in paths):
+        raise UserError(f"{files[0].parent}: has rows whose path is no text; mend them")
     digits = len(str(len(paths)))
     told = [_file_name(path) or f"{row:0{digits}d}" for row, path in enumerate(paths)]
     return _Columns(told, np.array(labels, dtype=np.int64), [one for one in groups if one.end > one.first], names)
@@ -158,7 +164,9 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> list[str] | None:
         names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        return None
+    return [name.encode(errors="replace").decode() for name in names]  # JSON may hold what no UTF-8 has
 
 
 def _group_bytes(group: _Group) -> int:
@@ -170,16 +178,14 @@ def _group_bytes(group: _Group) -> int:
         return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == _BYTES)
 
 
-def _bytes(group: _Group, rows: range) -> Iterator[bytes | None]:
+def _bytes(group: _Group, rows: range) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(group.file) as file:
             table = file.read_row_group(group.number, columns=[_BYTES], use_threads=False)
-        data = table.column("image").combine_chunks()
-        data = data.chunk(0) if isinstance(data, pyarrow.ChunkedArray) else data
-        column = data.field("bytes")
+        column = pyarrow.chunked_array([chunk.field("bytes") for chunk in table.column("image").chunks])
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{group.file}: cannot be read as parquet ({first_line(error)}); fetch it again") from None
     for row in rows:

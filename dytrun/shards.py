@@ -11,6 +11,7 @@ its XXH3 of 64 bits (xxhash.com), the length included; that of a whole file, for
 import hashlib
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ RECORD = np.dtype([("check", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("sha
 # A pack.json of 512 shards has some hundred thousand bytes.
 _MOST_MANIFEST = 1 << 26
 
-_Size = Annotated[int, Field(ge=0, strict=True)]
+_Size = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 _Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -180,16 +181,16 @@ class PackedImages:
         """Return the bytes of an image."""
         return int(self._records["length"][index])
 
-    def check_all(self, number: int, report: Callable[[int, int], None]) -> Iterator[str]:
-        """Read a shard from end to end, and yield what is wrong with it and with its images.
+    def check_all(self, number: int, sha256: str, report: Callable[[int, int, bool], None]) -> Iterator[str]:
+        """Read a shard from end to end, once, and yield what is wrong with its images, or else with itself.
 
         Args:
-            number: of the shard.
+            number, sha256: of the shard.
             report: is told of images and bytes that were read.
         """
         here = np.flatnonzero(self._records["shard"] == number)
         here = here[np.argsort(self._records["offset"][here], kind="stable")]
-        end = 0
+        end, digest, is_same = 0, hashlib.sha256(), True
         with self._shard(number).open("rb") as file:
             for index in map(int, here):
                 check, offset, length, _, _ = self._records[index].item()
@@ -197,14 +198,18 @@ class PackedImages:
                     yield f"{self._shard(number)}: {self.paths[index]} does not begin where the one before it ends"
                     return
                 data = file.read(length)
+                digest.update(data)
                 end += length
                 if len(data) != length or xxhash.xxh3_64_intdigest(data) != check:
+                    is_same = False
                     yield f"{self._shard(number)}: {self.paths[index]} (image {index}) is not as it was packed"
-                report(1, length)
+                report(1, length, True)
+            if is_same and (file.read(1) or digest.hexdigest() != sha256):
+                yield f"{self._shard(number)}: does not have its SHA-256"
 
     @property
     def _advice(self) -> str:
-        return f"dytrun data verify {self._pack} lists all damage; pack it again"
+        return f"dytrun data verify {self._pack} says what else is damaged; pack it again"
 
     def _shard(self, number: int) -> Path:
         return shard_path(self._pack, self._split, number)
@@ -247,6 +252,8 @@ def open_pack(path: Path) -> Manifest:
     """
     manifest = path / MANIFEST
     try:
+        if manifest.exists() and not manifest.is_file():
+            raise ValueError("it is no file")
         with manifest.open("rb") as file:
             values = unsealed(file.read(_MOST_MANIFEST + 1))
     except FileNotFoundError:
@@ -254,8 +261,10 @@ def open_pack(path: Path) -> Manifest:
             raise UserError(f"{path}: is not a whole pack, it has no {MANIFEST}; type dytrun data pack … again, and it "
                             "goes on where it was") from None  # fmt: skip
         raise UserError(f"{path}: is no pack; give a directory that dytrun data pack has made") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{manifest}: {_reason(error)}; pack it again") from None
+    except OSError as error:
+        raise UserError(f"{manifest}: cannot be read ({_reason(error)}); mend that") from None
+    except ValueError as error:
+        raise UserError(f"{manifest}: {error}; pack it again") from None
     if values.get("format") != FORMAT:
         raise UserError(f"{manifest}: format {values.get('format')!r}, and this dytrun reads {FORMAT}; take the "
                         "version that has made it, or pack it again")  # fmt: skip
@@ -266,7 +275,7 @@ def open_pack(path: Path) -> Manifest:
         raise UserError(f"{manifest}: {where} is not as it should be; pack it again") from None
 
 
-def verify(path: Path, manifest: Manifest, report: Callable[[int, int], None]) -> list[str]:
+def verify(path: Path, manifest: Manifest, report: Callable[[int, int, bool], None]) -> list[str]:
     """Read every byte of a pack and say what is damaged, a line each; nothing where nothing is.
 
     Args:
@@ -286,10 +295,10 @@ def verify(path: Path, manifest: Manifest, report: Callable[[int, int], None]) -
         for number, shard in enumerate(entry.shards):
             file = shard_path(path, split, number)
             try:
-                found = list(images.check_all(number, report))
+                found = list(images.check_all(number, shard.sha256, report))
             except OSError as error:
                 found = [f"{file}: cannot be read ({_reason(error)})"]
-            problems += found or list(filter(None, [_file_fault(file, shard)]))
+            problems += found
     known = {MANIFEST, *(f"{split}.index" for split in manifest.splits)}
     known |= {shard_path(path, split, number).name for split, entry in manifest.splits.items()
               for number in range(len(entry.shards))}  # fmt: skip
@@ -316,11 +325,13 @@ def _checked(path: Path, entry: PackFile) -> bytes:
 
 def _check_size(path: Path, size: int) -> None:
     try:
-        found = path.stat().st_size
+        facts = path.stat()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); pack it again") from None
-    if found != size:
-        raise UserError(f"{path}: has {found:,} bytes instead of {size:,}; pack it again")
+    if not stat.S_ISREG(facts.st_mode):  # to open a named pipe may take forever
+        raise UserError(f"{path}: is no regular file; pack it again")
+    if facts.st_size != size:
+        raise UserError(f"{path}: has {facts.st_size:,} bytes instead of {size:,}; pack it again")
 
 
 def _file_fault(path: Path, entry: PackFile) -> str | None:

@@ -153,7 +153,7 @@ def _class_folders(data: DataConfig) -> tuple[Split, Split, int]:
         )
     root, splits = Path(data.root), (data.train_split, data.val_split)
     for folder in [root, *(root / split for split in splits)]:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"data.root: {folder} is no folder; give one that holds {data.train_split}/ and "
                             f"{data.val_split}/ with a folder for each class, or a pack")  # fmt: skip
     classes, (train, val) = folders.listed(root, splits)

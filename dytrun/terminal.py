@@ -91,31 +91,33 @@ class Display:
 
 
 @contextlib.contextmanager
-def moving(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show how images are gone through: give what is to be told of each few images and their bytes.
+def moving(title: str, total: int) -> Iterator[Callable[[int, int, bool], None]]:
+    """Show how images are gone through: give what is to be told of each few images, their bytes, and if that took work.
 
     There is no thread behind it, so processes may be forked meanwhile.
     """
     count = TextColumn("{task.completed:.0f}/{task.total:.0f} images")
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(),
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), count, TimeRemainingColumn(),
                TextColumn("{task.fields[now]}"))  # fmt: skip
     progress = Progress(*columns, console=console(), auto_refresh=False)
     task = progress.add_task(title, total=total, now="")
     started = shown = time.monotonic()
-    images = num_bytes = 0
+    images = worked = num_bytes = 0
 
-    def report(more_images: int, more_bytes: int) -> None:
-        nonlocal images, num_bytes, shown
-        images, num_bytes = images + more_images, num_bytes + more_bytes
+    def report(more_images: int, more_bytes: int, is_work: bool) -> None:
+        nonlocal images, worked, num_bytes, shown
+        images += more_images
+        if is_work:
+            worked, num_bytes = worked + more_images, num_bytes + more_bytes
         now = time.monotonic()
         if now - shown < (_REDRAWN_EVERY_S if console().is_terminal else _LINE_EVERY_S) and images < total:
             return
         shown, seconds = now, max(now - started, 1e-3)
-        speed = f"{images / seconds:,.0f} images/s  {num_bytes / 2**20 / seconds:,.1f} MiB/s"
+        speed = f"{worked / seconds:,.0f} images/s  {num_bytes / 2**20 / seconds:,.1f} MiB/s"
         if console().is_terminal:
             progress.update(task, completed=images, now=speed, refresh=True)
         else:
-            eta = timedelta(seconds=round(seconds / max(images, 1) * (total - images)))
+            eta = timedelta(seconds=round(seconds / max(worked, 1) * (total - images)))
             console().print(f"{title}: {images:,}/{total:,} images  {speed}  ETA {eta}", markup=False)
 
     if console().is_terminal:

@@ -26,8 +26,8 @@ MAY_IMPORT = {
     "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
     "commands": {
-        "bench", "bench_config", "config", "errors", "launch", "owner", "pack", "pack_config", "records", "report",
-        "shards", "task", "terminal",
+        "bench", "bench_config", "compose", "config", "errors", "launch", "owner", "pack", "pack_config", "records",
+        "report", "shards", "task", "terminal",
     },
     "usage": set(),
     "config": {"digest", "norm_config"},

@@ -293,11 +293,25 @@ def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path, source, m
         assert text in out
     before = packs.files(tmp_path / "out")
     code, out, _ = run(monkeypatch, capsys, *args)
-    assert code == 0 and "complete already" in out
+    assert code == 0 and "complete already" in out and "images/s" not in out
     assert packs.files(tmp_path / "out") == before
     code, out, _ = run(monkeypatch, capsys, "data", "verify", tmp_path / "out")
     assert code == 0
     assert "36 images" in out and "all as they were packed (short side at most 64 px, JPEG quality 95" in out
+
+
+def test_the_whole_configuration_is_shown_beside_a_directory(tmp_path, source, monkeypatch, capsys):
+    for args in (("data", "pack", source, "--cfg", "job"), ("data", "pack", "--cfg", "job", f"source={source}")):
+        code, out, err = run(monkeypatch, capsys, *args)
+        assert (code, err) == (0, []) and f"source: {source}" in out and "short_side: null" in out
+
+
+def test_a_terminal_shows_paths_that_look_like_markup(tmp_path, source):
+    (tmp_path / "a[").mkdir()
+    source = source.rename(tmp_path / "a[" / "b]")
+    done = dytrun("data", "pack", str(source), f"out={tmp_path / 'out'}", env={"FORCE_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "━" in done.stdout and "36/36 images" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -318,6 +332,8 @@ def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path, source, m
         ("data pack SRC out=SRC", "out: SRC lies in the source"),
         ("data pack SRC out=full", "out: full holds other files (notes.txt)"),
         ("data pack SRC out=full/notes.txt", "out: full/notes.txt is no directory"),
+        (f"data pack SRC out={'x' * 300}", "File name too long; mend that"),
+        (f"data pack {'x' * 300} out=o", "is no directory that can be read (File name too long)"),
         ("data pack SRC out=o shard_mib=0.0000001", "would make"),
         ("data pack nowhere out=o", "source: nowhere is no directory"),
         ("data pack full out=o", "source: full holds neither train/ nor val/"),
@@ -335,6 +351,7 @@ def test_what_is_typed_wrongly_gets_one_line(tmp_path, source, monkeypatch, caps
     assert any(said in line for line in err), err
     assert len(err) <= 2
     assert not (tmp_path / "o").exists()
+    assert os.listdir(tmp_path / "full") == ["notes.txt"]
 
 
 @pytest.mark.parametrize(

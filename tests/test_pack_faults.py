@@ -26,14 +26,17 @@ from test_disk import small_disk  # noqa: F401
 from test_pack import packed
 from warm import chosen
 
-from dytrun import intake, packers
+from dytrun import archives, intake, packers
 from dytrun.compose import expand
 from dytrun.errors import UserError
 from dytrun.folders import digest
+from dytrun.images import Unreadable
 from dytrun.seal import sealed, unsealed
 from dytrun.shards import MANIFEST, RECORD, PackedImages, open_pack, verify
 
 KILLS = int(os.environ.get("DYTRUN_KILLS", "10"))
+# Permissions bind root too.
+AS_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 SHRUNK = ("short_side=64", "workers=2", "shard_mib=0.2")
 
 
@@ -263,7 +266,7 @@ def read_all(pack: Path) -> list[str]:
 
 def verified(pack: Path) -> list[str]:
     try:
-        return verify(pack, open_pack(pack), lambda images, num_bytes: None)
+        return verify(pack, open_pack(pack), lambda images, num_bytes, is_work: None)
     except UserError as error:
         return list(error.problems)
 
@@ -333,6 +336,67 @@ def test_an_unfinished_pack_is_refused(tmp_path, source):
     assert packs.files(out) == packs.files(Path(f"{out}-whole"))
 
 
+@pytest.mark.parametrize("name", ["train-00001.shard", "val.index", "pack.json"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_pack_is_complete_only_with_all_its_files(tmp_path, source, whole, name, is_cut):
+    raw = (whole / name).read_bytes()
+    (whole / name).unlink()
+    if is_cut:
+        (whole / name).write_bytes(raw[:-1])
+    text = said(source, f"out={whole}", "shard_mib=0.06")
+    assert str(whole / name) in text or (name, is_cut) == ("pack.json", False)
+    assert text.startswith("out: ") and ("remove" in text or "other files" in text)
+
+
+@pytest.mark.parametrize("name", ["pack.json", "train-00000.shard", "val.index"])
+def test_a_named_pipe_in_the_place_of_a_file_is_not_waited_for(whole, name):
+    (whole / name).unlink()
+    os.mkfifo(whole / name)
+    for problems in (verified(whole), read_all(whole)):
+        assert problems and "is no" in problems[0]
+
+
+def test_verify_reads_each_shard_once_and_to_its_end(whole):
+    values = unsealed((whole / MANIFEST).read_bytes())
+    values["splits"]["train"]["shards"][1]["sha256"] = "0" * 64
+    (whole / MANIFEST).write_bytes(sealed(values))
+    assert verified(whole) == [f"{whole}/train-00001.shard: does not have its SHA-256"]
+
+
+def test_only_what_has_just_been_written_counts_as_work(warm, large, tmp_path):
+    out = tmp_path / "out"
+    command = ("data", "pack", str(large), f"out={out}", *SHRUNK)
+    job = warm.start(tmp_path / "log", *command)
+    job.until(lambda: len(list(out.glob(".packing/*-0*.json"))) >= 2)
+    job.kill()
+    job.wait()
+    job = warm.run(tmp_path / "log", *command)
+    assert job.code == 0, job.said()
+    (took,) = [line for line in job.said().splitlines() if "took" in line]
+    assert "of the images were there already" in took and "images/s" not in took
+
+
+def test_a_whole_pack_that_may_not_be_written_is_complete(whole, source):
+    whole.chmod(0o555)
+    command = [*AS_ANYBODY, sys.executable, "-m", "dytrun", "data", "pack", source, f"out={whole}", "shard_mib=0.06"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    whole.chmod(0o755)
+    assert done.returncode == 0 and f"{whole}: complete already" in done.stdout, done.stderr
+
+
+def test_a_source_that_may_not_be_read_gets_one_line(tmp_path, content):
+    root = packs.tars(tmp_path / "tars", content)
+    (root / "ILSVRC2012_img_train.tar").chmod(0)
+    root.joinpath("train").mkdir()
+    for mode, expected in ((0o755, "img_train.tar: Permission denied"), (0, "tars is no directory that can be read (")):
+        root.chmod(mode)
+        command = [*AS_ANYBODY, sys.executable, "-m", "dytrun", "data", "pack", root, f"out={tmp_path}/out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert expected in done.stderr
+    root.chmod(0o755)
+
+
 def test_a_file_too_many_is_named(whole):
     (whole / "train-00099.shard").write_bytes(b"x")
     assert verified(whole) == [f"{whole}/train-00099.shard: is no part of the pack"]
@@ -372,6 +436,7 @@ def put(name: str, value: int) -> Callable[[dict, np.ndarray], None]:
         (put("length", 2**32 - 1), "names images that no shard has"),
         (put("shard", 77), "names images that no shard has"),
         (put("label", 3), "names images that no shard has"),
+        (lambda values, records: values["splits"]["train"]["shards"][0].update(bytes=2**70), "is not as it should be"),
         (lambda values, records: values["splits"]["train"].update(num=10**12), "too short for 1000000000000 images"),
         (lambda values, records: values["splits"]["train"].update(num=-1), "splits.train.num is not as it should be"),
         (lambda values, records: values["splits"]["train"].update(num=23), "names images that no shard has"),
@@ -406,7 +471,7 @@ def test_training_stops_at_a_flipped_bit_before_the_image_is_used(warm, tmp_path
     assert job.code == 2, job.said()
     last = job.said().splitlines()[-1]
     assert f"dytrun: {whole}/train-00001.shard: {whole}/train/n0" in last
-    assert f"is not as it was packed; dytrun data verify {whole} lists all damage" in last
+    assert f"is not as it was packed; dytrun data verify {whole} says what else is damaged" in last
     assert "Traceback" not in job.said()
     done = dytrun("data", "verify", str(whole))
     assert done.returncode == 2
@@ -512,7 +577,7 @@ def test_a_file_that_changes_while_it_is_packed_is_noticed(tmp_path, source):
     (tmp_path / "out" / ".packing").mkdir(parents=True)
     order = packers.Order(tmp_path / "out", "", listings, None, None, False)
     with pytest.raises(UserError, match=f"{path.name} has .* bytes and had .* when it was listed"):
-        packers.write_all(order, [packers.Task("train", 0, 0, 24)], 1, lambda images, num_bytes: None)
+        packers.write_all(order, [packers.Task("train", 0, 0, 24)], 1, lambda images, num_bytes, is_work: None)
     assert not list((tmp_path / "out").glob("*.shard"))
 
 
@@ -594,6 +659,19 @@ def test_tars_that_are_damaged_are_refused(tmp_path, content):
     assert packs.read(packed(root, f"out={tmp_path / 'out'}")) == content
 
 
+def test_an_image_too_large_for_memory_is_not_read(tmp_path):
+    path = tmp_path / "huge.tar"
+    with path.open("wb") as file:
+        info = tarfile.TarInfo("n01440764_9.JPEG")
+        info.size = 10**10
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(10**10 + 2048)
+    with path.open("rb") as file:
+        (member,) = archives._members(path, file)
+    (found,) = archives._Slices(path, [member])(0, 1)
+    assert isinstance(found, Unreadable) and found.why == "10,000,000,000 bytes are too many for an image"
+
+
 def test_an_image_twice_in_a_tar_is_refused(tmp_path):
     bad_tar(tmp_path / "tars", lambda tar: packs.add(tar, "./n01440764_1.JPEG", b"other"), inner=True)
     assert "holds n01440764/n01440764_1.JPEG twice" in said(tmp_path / "tars", f"out={tmp_path / 'out'}")
@@ -650,11 +728,18 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path, content):
         (7, "train has a label that is no class"),
         (-1, "no class"),
         (None, "missing or no number"),
+        (2**62, "train has a label that is no class"),
     ):
         labels = pa.array([label, *table.column("label").to_pylist()[1:]], pa.int64())
         pq.write_table(table.set_column(1, "label", labels), path)
         assert expected in said(root, out)
     assert not (tmp_path / "out").exists()
+    for label, expected in ((2**62, "a label of 4,611,686,018,427,387,904, and no names"), (2**63, "no number")):
+        labels = pa.array([label, *table.column("label").to_pylist()[1:]], pa.uint64())
+        pq.write_table(table.set_column(1, "label", labels).replace_schema_metadata(None), path)
+        (root / "data" / "train-00000-of-00002.parquet").unlink(missing_ok=True)
+        (root / "data" / "validation-00000-of-00001.parquet").unlink(missing_ok=True)
+        assert expected in said(root, out)
     rows = table.to_pylist()
     rows[3]["image"]["bytes"] = None
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
