@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from dytrun import bench_data, bench_stages, compose, jpeg, machine, paired, pixels, timm_loader
 from dytrun.augment import seeded, train_transform
 from dytrun.bench_data import Fed
-from dytrun.data import RankShare, _readable, start_worker, train_batches
+from dytrun.data import RankShare, train_batches
 from dytrun.errors import UserError
 from dytrun.loader_arm import LoaderArm, _cpu_s_of
+from dytrun.processes import readable, start_worker
 from dytrun.sources import Split, load_data
 
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_processes_end_at_once_where_a_batch_fails(place):
     loader = DataLoader(FailsAt(place), 1, num_workers=2, worker_init_fn=start_worker)
 
     def measure() -> None:
-        arm = LoaderArm(lambda: _readable(iter(loader)), 1, CPU)
+        arm = LoaderArm(lambda: readable(iter(loader)), 1, CPU)
         try:
             arm.plan(0.1)
         finally:
