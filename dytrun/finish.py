@@ -28,6 +28,8 @@ from dytrun.errors import first_line
 
 # SplitMix64 (Steele, Lea and Flood, 2014): its increment and its two multipliers, as signed numbers.
 _STEP, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# A batch of so many bytes, as floats, stays in a core's cache.
+_CACHED_BYTES = 2**20
 
 
 class Erased(NamedTuple):
@@ -91,11 +93,18 @@ class Finish:
         memory = self._lent((number, channels, height, width))
         out = torch.from_numpy(memory)
         rows = [None] * number if erased is None else erased.tolist()
+        is_small = memory.nbytes <= _CACHED_BYTES
+        if is_small:
+            ops.normalised(images.numpy(), self._data.mean, self._data.std, memory)
+            if mixing.lam == 1 and not any(row and row[2] for row in rows):
+                return out
         # Pair by pair, while both are in the cache; in the middle there may be one alone.
         for index in range((number + 1) // 2):
             other = number - 1 - index
             for one in {index, other}:
-                ops.normalised(images[one : one + 1].numpy(), self._data.mean, self._data.std, memory[one : one + 1])
+                if not is_small:
+                    pixels, to = images[one : one + 1].numpy(), memory[one : one + 1]
+                    ops.normalised(pixels, self._data.mean, self._data.std, to)
                 self._erase(out[one], rows[one])
             if mixing.lam != 1 and index != other:
                 self._mix_pair(out[index], out[other], mixing)

@@ -59,6 +59,15 @@ def test_both_ways_give_the_same(mode, mixing):
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
+def test_a_batch_that_no_cache_holds_is_finished_alike(monkeypatch, mixing):
+    images = batch()
+    expected = [finished(images, boxes, MIXINGS[mixing]) for boxes in (BOXES, None)]
+    monkeypatch.setattr("dytrun.finish._CACHED_BYTES", 0)
+    assert all(torch.equal(finished(images, boxes, MIXINGS[mixing]), one)
+               for boxes, one in zip((BOXES, None), expected, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
 def test_a_batch_may_be_odd(mixing):
     for number in (1, 5):
         torch.testing.assert_close(
