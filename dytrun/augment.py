@@ -158,11 +158,6 @@ def train_transform(augment: AugmentConfig, data: DataConfig) -> Transform:
     return transform(train_drawer(augment, data))
 
 
-def eval_transform(data: DataConfig) -> Transform:
-    """Make the deterministic picture → square of `data.image_size` of the reference's evaluation."""
-    return transform(eval_drawer(data))
-
-
 def eval_resize(data: DataConfig) -> int | None:
     """Return the short side, in pixels, of which evaluation keeps the centre; None where it warps the whole image."""
     if data.crop_pct is None and data.image_size >= _WARP_FROM:

@@ -44,9 +44,8 @@ def run(config: BenchConfig, say: Callable[[str], None]) -> Found:
     try:
         found = instruments[config.bench.name](config, device, say)
     except TorchDynamoException as error:
-        raise UserError(
-            f"bench.modes: torch cannot compile here ({first_line(error)}); say bench.modes=[eager]"
-        ) from error
+        key, eager = ("bench.modes", "[eager]") if hasattr(config.bench, "modes") else ("machine.compile", "off")
+        raise UserError(f"{key}: torch cannot compile here ({first_line(error)}); say {key}={eager}") from error
     except torch.OutOfMemoryError:
         raise UserError("bench: the device's memory does not suffice; lower bench.batch, or name fewer arms") from None
     commit, dirty = machine.commit()

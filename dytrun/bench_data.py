@@ -74,10 +74,12 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
         raise UserError("bench.peer_root: nobody reads it; say bench.peer=timm too")
     if bench.peer is not None:
         timm_loader.check(run, batch)
-    data = _loaded(run)
+    data, files = _loaded(run), None
+    if bench.peer is not None:
+        files = timm_loader.Files(run, data.train, data.num_classes, bench.peer_root)
     say(f"{data.num_classes:,} classes, {len(data.train.labels):,} training images")
     stages = bench_stages.measure(run, data.train, bench.rounds)
-    rates, peer = _loaders(config, data, device, say)
+    rates, peer = _loaders(config, (data, files), device, say)
     tables = [*stages.tables, _loader_table(rates, config, device, peer)]
     values: dict[str, Any] = {
         "data": {"name": run.data.name, "root": run.data.root, "num_train": len(data.train.labels)},
@@ -138,14 +140,15 @@ def _loaded(run: RunConfig) -> Data:
 
 
 def _loaders(
-    config: BenchConfig, data: Data, device: torch.device, say: Callable[[str], None]
+    config: BenchConfig,
+    images: tuple[Data, timm_loader.Files | None],
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> tuple[list[_Rates], dict[str, Any] | None]:
-    """Measure the loaders in turn, timm's twice; return their rates, and what timm's is."""
+    """Measure the loaders in turn, timm's twice where it has files; return their rates, and what timm's is."""
     run, bench, batch = config.run, config.bench, _batch(config)
+    data, files = images
     counts = [machine.worker_count(run.machine.workers, device)] if bench.workers is None else bench.workers
-    files = None
-    if bench.peer is not None:
-        files = timm_loader.Files(run, data.train, data.num_classes, bench.peer_root)
     names, arms = [], []
     try:
         for workers in counts:

@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from dytrun import pixels as ops
-from dytrun.augment import NOWHERE, erased_box, eval_transform, key, random_box, seeded, train_transform
+from dytrun.augment import NOWHERE, erased_box, eval_drawer, key, random_box, seeded, train_transform, transform
 from dytrun.images import Picture
 from dytrun.rand_augment import _OPERATIONS, Canvas
 
@@ -254,12 +254,12 @@ def test_erased_boxes_are_timms_for_every_seed_and_in_distribution():
 @pytest.mark.parametrize("content", PHOTOS, ids=range(len(PHOTOS)))
 def test_evaluation_resizes_to_256_and_crops_224(content):
     oracle = create_transform(224, interpolation="bicubic", crop_pct=224 / 256, use_prefetcher=True)
-    assert np.array_equal(eval_transform(config_of().data)(Picture(content, "")), of_timm(content, oracle))
+    assert np.array_equal(transform(eval_drawer(config_of().data))(Picture(content, "")), of_timm(content, oracle))
 
 
 def test_large_evaluation_images_are_warped_whole():
     expected = Image.fromarray(photo()).resize((384, 384), Image.Resampling.BICUBIC)
-    got = eval_transform(config_of("data.image_size=384").data)(Picture(photo(), ""))
+    got = transform(eval_drawer(config_of("data.image_size=384").data))(Picture(photo(), ""))
     assert np.array_equal(got, np.asarray(expected))
 
 
@@ -267,7 +267,7 @@ def test_no_augmentation_is_the_evaluation_transform():
     config = config_of("augment=none")
     picture = Picture(photo(), "")
     assert np.array_equal(
-        train_transform(config.augment, config.data)(picture), eval_transform(config.data)(picture)
+        train_transform(config.augment, config.data)(picture), transform(eval_drawer(config.data))(picture)
     )  # fmt: skip
 
 

@@ -228,9 +228,8 @@ def test_a_job_ends_without_slurms_controller(cluster, whole):
     with Driver(cluster) as driver:
         slow = driver.freeze()
         job = driver.record()["JobId"]
-        time.sleep(
-            6
-        )  # a controller that is killed knows what it has written, five seconds after a change at the latest
+        # A controller that is killed knows what it has written: five seconds after a change at the latest.
+        time.sleep(6)
         cluster.kill_controller()
         os.kill(slow, signal.SIGCONT)
         driver.until(lambda: list(driver.runs.glob("*/result.json")), "the run ends")
