@@ -90,4 +90,4 @@ def keep(path: Path, config: BenchConfig, found: Found) -> None:
     if config.run.tracking.mode != "off":
         from dytrun import wandb_link
 
-        wandb_link.log_bench(config.run, path, found.values, found.tables)
+        wandb_link.log_once(config.run.tracking, path, "bench", found.values, found.tables)

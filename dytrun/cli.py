@@ -154,7 +154,8 @@ def _train(args: list[str]) -> int:
     if is_several and code != stop.STOPPED and not first.dry_run:
         from dytrun import commands
 
-        commands.close_sweep(Path(first.runs_dir), len(ended) + len(missing))
+        config = compose.expand([f"dir={compose.quoted(first.runs_dir)}"], "report").configs[0]
+        commands.close_sweep(config, len(ended) + len(missing))
     return code
 
 
@@ -284,8 +285,7 @@ def _verify(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     from dytrun import commands
 
-    config = compose.expand(args, "report").configs[0]
-    commands.show_report(Path(config.dir), config.baseline, config.confidence)
+    commands.show_report(compose.expand(args, "report").configs[0])
     return DONE
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from dytrun import compose, launch, owner, terminal
 from dytrun.bench_config import BenchConfig
-from dytrun.config import EvalConfig, Published, ReplayConfig, RunConfig
+from dytrun.config import EvalConfig, Published, ReplayConfig, ReportConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.pack_config import PackConfig, VerifyConfig
 from dytrun.records import RunResult, difference
 from dytrun.task import Ending
 
-# What a sweep's closing table is made with; `dytrun report` takes others.
-_BASELINE, _CONFIDENCE = "ln", 0.95
 # ImageNet-1K's; a pack of so many is offered to data=imagenet.
 _IMAGENET_CLASSES = 1000
 # Of a damaged pack no more lines are printed.
@@ -168,18 +166,18 @@ def verify(config: VerifyConfig) -> None:
     terminal.line(f"{path}: {num:,} images, {size / 2**20:,.1f} MiB, all as they were packed ({manifest.made_from})")
 
 
-def close_sweep(runs_dir: Path, num_runs: int) -> None:
+def close_sweep(config: ReportConfig, num_runs: int) -> None:
     """Print the table of a directory of runs after a sweep into it, if any of its runs came to a result."""
-    if list(runs_dir.glob("*/result.json")):
-        show_report(runs_dir, _BASELINE, _CONFIDENCE)
-        terminal.line(f"{num_runs} run(s) asked for; all runs of {runs_dir} are in the table")
+    if list(Path(config.dir).glob("*/result.json")):
+        show_report(config)
+        terminal.line(f"{num_runs} run(s) asked for; all runs of {config.dir} are in the table")
 
 
-def show_report(directory: Path, baseline: str, confidence: float) -> None:
+def show_report(config: ReportConfig) -> None:
     """Make the report of a directory of runs and print its table."""
     from dytrun import report  # it takes a second, and a run does without
 
-    found = report.build(directory, baseline, confidence)
+    found = report.build(config)
     columns, rows = found.table()
-    terminal.table(f"runs in {directory}", columns, rows, [*found.verdicts(), *found.remarks()])
-    terminal.line(f"{directory}/report.html and report.json written")
+    terminal.table(f"runs in {config.dir}", columns, rows, [*found.verdicts(), *found.remarks()])
+    terminal.line(f"{config.dir}/report.html and report.json written")

@@ -133,6 +133,7 @@ class TrackingConfig(BaseModel):
     group: Slug | None
     tags: list[Annotated[Slug, Field(max_length=64)]]
     log_every_steps: Count
+    probe_every_steps: Count | None
 
 
 class CheckpointConfig(BaseModel):
@@ -314,3 +315,8 @@ class ReportConfig(BaseModel):
     dir: str
     baseline: Slug
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    margin: Positive
+    wandb: bool
+    project: Slug | None
+    entity: Slug | None
+    watch: bool

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dytrun import page
+from dytrun.config import ReportConfig
 from dytrun.pairs import Arm, Pair, Run, load_runs, pair_runs
 from dytrun.records import write_json
 from dytrun.stats import Sample
@@ -53,16 +54,17 @@ class Report:
         return lines + [f"Not compared: {reason}" for reason in self.refused]
 
 
-def build(directory: Path, baseline: str, confidence: float) -> Report:
+def build(config: ReportConfig) -> Report:
     """Read the runs of a directory, pair them, and write report.json and report.html beside them.
 
     Raises:
         UserError: there is no run with a result.
     """
+    directory = Path(config.dir)
     runs, refused = load_runs(directory)
-    pairs, not_made = pair_runs(runs, baseline, confidence)
+    pairs, not_made = pair_runs(runs, config.baseline, config.confidence)
     refused += not_made
-    report = Report(str(directory), baseline, confidence, pairs, refused)
+    report = Report(config.dir, config.baseline, config.confidence, pairs, refused)
     write_json(directory / "report.json", asdict(report))
     charts = page.Charts(_alpha_sweeps(pairs), _curves(pairs, runs))
     page.write(directory / "report.html", report.verdicts(), report.table(), report.remarks(), charts)

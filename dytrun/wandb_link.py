@@ -1,4 +1,5 @@
-"""How a run is opened in Weights & Biases, and what W&B has of it already; the only file that imports wandb.
+"""How a run is opened in Weights & Biases, and what W&B has of it already; with wandb_log the only file that
+imports wandb.
 
 Record n of metrics.jsonl is W&B's history step n. Who has which rows:
 
@@ -21,10 +22,9 @@ import shlex
 import shutil
 import signal
 import ssl
-import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from urllib.request import urlopen
 from dytrun.config import RunConfig, TrackingConfig
 from dytrun.errors import UserError, first_line
 from dytrun.records import AXES, RunResult, Table, write_json
+from dytrun.wandb_log import log_of, rows_in
 
 _PROBE_TIMEOUT_S = 2.0
 _INIT_TIMEOUT_S = 10.0
@@ -45,9 +46,6 @@ _SUMMARY = (
     "step_ms_p95", "data_wait_frac", "peak_mem_gib", "num_params", "num_norm_sites", "norm_impl", "device",
 )  # fmt: skip
 _BETTER = {"val/top1": "max", "val/top5": "max", "ema/top1": "max", "ema/top5": "max", "val/loss": "min"}
-# W&B's transaction log is a LevelDB log: blocks, in which every piece has a checksum, a length and a kind.
-_BLOCK, _PIECE = 32 * 1024, struct.Struct("<IHB")
-_WHOLE, _LAST = 1, 4
 
 
 @dataclass
@@ -90,7 +88,7 @@ class Link:
     def _is_whole(self, part: Path) -> bool:
         """Whether W&B's service has written every record; it does so a moment after it says that it is done."""
         until = time.monotonic() + _FLUSH_S
-        while _rows_in(part) < self.known_rows:
+        while rows_in(part) < self.known_rows:
             if time.monotonic() > until:
                 return False
             time.sleep(0.05)
@@ -143,8 +141,8 @@ def open_link(config: RunConfig, run_dir: Path) -> Link | None:
             abandon(at_once=False)  # its service still holds the id of the try that failed
     if run is None:
         offline_id = run_id if rows is not None else f"{run_id}-offline"
-        synced = [part for part in old_parts if _log_of(part, offline_id, ".synced").is_file()]
-        known = max([rows or 0, *(_rows_in(_log_of(part, offline_id)) for part in synced)])
+        synced = [part for part in old_parts if log_of(part, offline_id, ".synced").is_file()]
+        known = max([rows or 0, *(rows_in(log_of(part, offline_id)) for part in synced)])
         run = _init(config, run_dir, offline_id, mode)
     for part in old_parts:
         if not list(part.glob("*.wandb.synced")):
@@ -155,26 +153,41 @@ def open_link(config: RunConfig, run_dir: Path) -> Link | None:
     folder = Path(run.dir).parent
     quoted = shlex.quote(str(folder))
     note = f"W&B offline: {why}. See it: wandb leet {quoted}  Upload it: wandb sync {quoted}"
-    return Link(run, known, note, state, run_id, _log_of(folder, run.id))
+    return Link(run, known, note, state, run_id, log_of(folder, run.id))
 
 
-def log_bench(config: RunConfig, file: Path, values: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Give W&B the tables of a benchmark as a run of its own, named after the file that they are in.
+def log_once(
+    tracking: TrackingConfig,
+    file: Path,
+    job_type: str,
+    values: Mapping[str, Any],
+    tables: Sequence[Table],
+    figures: Mapping[str, Path] | None = None,
+) -> None:
+    """Give W&B what one command has found as a run of its own, named after the file that it is in.
+
+    Args:
+        tracking: mode, project and the like.
+        file: where all of it is; W&B's own files go beside it.
+        job_type: what W&B calls the kind of run, and its group where the user has named none.
+        values: numbers and texts, for W&B's config; lists are left out.
+        tables: each a table of W&B's.
+        figures: title → PNG file.
 
     Raises:
-        UserError: `tracking.mode=online` and W&B cannot be reached; the file is written.
+        UserError: W&B did not take it; the file is written.
     """
-    mode, _ = choose_mode(config.tracking)
+    mode, _ = choose_mode(tracking)
     if mode == "off":
         return
-    tracking, wandb = config.tracking, _library()
+    wandb = _library()
     try:
         run = wandb.init(
             project=tracking.project,
             entity=tracking.entity,
-            group=tracking.group or "bench",
-            name=f"bench-{file.stem}",
-            job_type="bench",
+            group=tracking.group or job_type,
+            name=f"{job_type}-{file.stem}",
+            job_type=job_type,
             tags=tracking.tags,
             dir=str(file.parent),
             mode=mode,
@@ -185,6 +198,8 @@ def log_bench(config: RunConfig, file: Path, values: dict[str, Any], tables: Seq
             for table in tables:
                 rows = [list(row) for row in table.rows]
                 run.log({table.title: wandb.Table(columns=list(table.columns), data=rows)})
+            for title, path in (figures or {}).items():
+                run.log({title: wandb.Image(str(path))})
             run.summary["notes"] = [note for table in tables for note in table.notes]
         finally:
             run.finish()
@@ -297,40 +312,6 @@ def _read_state(path: Path) -> tuple[str, int | None]:
     run_id = secrets.token_hex(4)
     write_json(path, {"id": run_id, "rows": 0})
     return run_id, 0
-
-
-def _log_of(part: Path, run_id: str, marker: str = "") -> Path:
-    return part / f"run-{run_id}.wandb{marker}"
-
-
-def _rows_in(log: Path) -> int:
-    """Return the number after the last history step in a transaction log of W&B."""
-    from wandb.proto import wandb_internal_pb2
-
-    last = -1
-    for data in _entries(log.read_bytes()):
-        entry = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]: made at import
-        entry.ParseFromString(data)
-        if entry.WhichOneof("record_type") == "history":
-            last = max(last, entry.history.step.num)
-    return last + 1
-
-
-def _entries(data: bytes) -> Iterator[bytes]:
-    place, entry = 7, b""  # after W&B's header
-    while place + _PIECE.size <= len(data):
-        rest = _BLOCK - place % _BLOCK
-        if rest < _PIECE.size:
-            place += rest
-            continue
-        _, size, kind = _PIECE.unpack_from(data, place)
-        place += _PIECE.size + size
-        if kind == 0 or place > len(data):
-            return  # a block that was not written to its end
-        entry += data[place - size : place]
-        if kind in (_WHOLE, _LAST):
-            yield entry
-            entry = b""
 
 
 def _service_processes() -> Iterator[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, tiny
 
-from dytrun import report
+from dytrun import compose, report
 from dytrun.cli import main
 from dytrun.errors import UserError
 from dytrun.records import RunResult
@@ -37,6 +37,10 @@ def put(directory: Path, *overrides: str, **fields) -> RunResult:
     return result
 
 
+def built(directory: Path, baseline: str = "ln") -> report.Report:
+    return report.build(compose.expand([f"dir={directory}", f"baseline={baseline}"], "report").configs[0])
+
+
 def test_mean_spread_and_interval_by_hand():
     assert sample([90.0, 92.0, 94.0]) == sample([92.0, 94.0, 90.0])
     assert (sample([90.0, 92.0, 94.0]).mean, sample([90.0, 92.0, 94.0]).std) == (92.0, 2.0)
@@ -59,7 +63,7 @@ def test_seeds_are_paired_and_the_verdict_says_what_may_be_said(tmp_path):
     for seed, ln, dyt in ((0, 90.0, 91.0), (1, 92.0, 93.1), (2, 94.0, 94.9)):
         put(tmp_path, f"seed={seed}", top1=ln)
         put(tmp_path, "norm=dyt", f"seed={seed}", top1=dyt, images_per_s=80.0)
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     (pair,) = found.pairs
     assert [arm.label for arm in pair.arms] == ["ln", "dyt alpha_init=0.5"]
     assert pair.arms[1].top1_difference.mean == pytest.approx(1.0)
@@ -73,7 +77,7 @@ def test_seeds_are_paired_and_the_verdict_says_what_may_be_said(tmp_path):
 def test_one_seed_is_called_one_seed(tmp_path):
     put(tmp_path)
     put(tmp_path, "norm=dyt", top1=95.0)
-    (pair,) = report.build(tmp_path, "ln", 0.95).pairs
+    (pair,) = built(tmp_path).pairs
     assert "n = 1" in pair.verdicts[0]
     assert "larger than chance" not in pair.verdicts[0]
 
@@ -82,20 +86,20 @@ def test_equal_differences_claim_nothing(tmp_path):
     for seed in (0, 1):
         put(tmp_path, f"seed={seed}", top1=90.0)
         put(tmp_path, "norm=dyt", f"seed={seed}", top1=90.5)
-    (verdict,) = report.build(tmp_path, "ln", 0.95).pairs[0].verdicts
+    (verdict,) = built(tmp_path).pairs[0].verdicts
     assert "for each of n = 2 seeds alike: no interval can be had" in verdict
 
 
 def test_arms_that_mixed_other_partners_are_said(tmp_path):
     put(tmp_path, "augment.mixup=0.8", machine={"batch_per_rank": 8})
     put(tmp_path, "augment.mixup=0.8", "norm=dyt", machine={"batch_per_rank": 16})
-    assert "other partners" in report.build(tmp_path, "ln", 0.95).pairs[0].verdicts[1]
+    assert "other partners" in built(tmp_path).pairs[0].verdicts[1]
 
 
 def test_runs_that_differ_in_more_than_the_norm_are_not_compared(tmp_path):
     put(tmp_path)
     put(tmp_path, "norm=dyt", "optim.lr=2e-3")
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     assert len(found.pairs) == 2
     assert not any(pair.verdicts for pair in found.pairs)
     assert all("differ in more than the norm" in reason for reason in found.refused)
@@ -105,7 +109,7 @@ def test_runs_that_differ_in_more_than_the_norm_are_not_compared(tmp_path):
 def test_runs_that_saw_other_images_are_not_compared(tmp_path):
     put(tmp_path)
     put(tmp_path, "norm=dyt", data_fingerprint="g")
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     assert found.pairs == []
     assert "saw different images" in found.refused[0]
 
@@ -116,14 +120,14 @@ def test_runs_that_saw_other_images_are_not_compared(tmp_path):
 def test_speeds_measured_differently_are_not_compared(tmp_path, other):
     put(tmp_path)
     put(tmp_path, "norm=dyt", **other)
-    (pair,) = report.build(tmp_path, "ln", 0.95).pairs
+    (pair,) = built(tmp_path).pairs
     assert pair.arms[1].speed_ratio is None
 
 
 def test_a_diverged_arm_is_a_row(tmp_path):
     put(tmp_path)
     put(tmp_path, "norm=dyt", "norm.alpha_init=9", status="diverged", top1=None)
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     columns, rows = found.table()
     assert rows[1][3:5] == ["dyt alpha_init=9", "0 (1 diverged)"]
     assert "EMA top-1 %" not in columns
@@ -135,22 +139,19 @@ def test_what_cannot_be_read_is_said(tmp_path):
     path = next(path for path in tmp_path.glob("*dyt*/result.json"))
     path.write_text(path.read_text()[:40])
     assert bad.norm == "dyt"
-    assert "cannot be read" in " ".join(report.build(tmp_path, "ln", 0.95).refused)
+    assert "cannot be read" in " ".join(built(tmp_path).refused)
     path.unlink()
-    assert "no result yet" in " ".join(report.build(tmp_path, "ln", 0.95).refused)
+    assert "no result yet" in " ".join(built(tmp_path).refused)
 
 
 def test_any_norm_can_be_the_baseline(tmp_path):
     put(tmp_path, top1=92.0)
     put(tmp_path, "norm=dyt", top1=91.0)
-    (pair,) = report.build(tmp_path, "dyt", 0.95).pairs
+    (pair,) = built(tmp_path, "dyt").pairs
     assert "ln is 1.00 points above dyt alpha_init=0.5" in pair.verdicts[0]
     put(tmp_path, "norm=dyt", "norm.alpha_init=0.8", top1=91.0)
-    assert not report.build(tmp_path, "dyt", 0.95).pairs[0].verdicts
-    assert (
-        "no run has norm=derf, the baseline; there are runs with dyt, ln"
-        in report.build(tmp_path, "derf", 0.95).refused
-    )
+    assert not built(tmp_path, "dyt").pairs[0].verdicts
+    assert "no run has norm=derf, the baseline; there are runs with dyt, ln" in built(tmp_path, "derf").refused
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -161,13 +162,13 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 def test_an_empty_directory_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no finished run there"):
-        report.build(tmp_path, "ln", 0.95)
+        built(tmp_path)
 
 
 def test_json_and_page_hold_the_tables_numbers(tmp_path):
     put(tmp_path, top1=91.25)
     put(tmp_path, "norm=dyt", top1=90.5)
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     values = json.loads((tmp_path / "report.json").read_text())
     assert [arm["top1"]["mean"] for arm in values["pairs"][0]["arms"]] == [91.25, 90.5]
     page = (tmp_path / "report.html").read_text()
@@ -181,7 +182,7 @@ def test_json_and_page_hold_the_tables_numbers(tmp_path):
 def test_the_page_draws_its_charts_in_a_real_browser(tmp_path):
     put(tmp_path / "runs")
     put(tmp_path / "runs", "norm=dyt")
-    report.build(tmp_path / "runs", "ln", 0.95)
+    built(tmp_path / "runs")
     done = subprocess.run(
         [
             "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -200,13 +201,13 @@ def test_what_is_published_stands_beside_what_was_measured(tmp_path):
     page = {"page": "vit_b_dyt", "source": "arXiv 1, Table 1", "top1": 82.5, "note": None, "differs": []}
     put(tmp_path)
     put(tmp_path, "norm=dyt", published=page)
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     columns, rows = found.table()
     place = columns.index("published %")
     assert [row[place] for row in rows] == ["", "82.5"]
     assert "Published: vit_b_dyt (arXiv 1, Table 1)" in found.remarks()
     put(tmp_path, "norm=dyt", "seed=1", published=page | {"differs": ["optim.lr 0.001, there 0.004"]})
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     assert found.table()[1][1][place] == "82.5, 82.5*"
     assert any("another recipe: optim.lr 0.001, there 0.004" in remark for remark in found.remarks())
 
@@ -227,7 +228,7 @@ def test_a_sweep_over_alpha_is_drawn_with_its_diverged_arms(tmp_path):
     for alpha, top1 in ((0.1, 80.0), (0.5, 90.0), (2.0, None)):
         put(tmp_path, "norm=dyt", f"norm.alpha_init={alpha}", top1=top1, status="finished" if top1 else "diverged")
     put(tmp_path, "norm=derf")
-    found = report.build(tmp_path, "ln", 0.95)
+    found = built(tmp_path)
     (sweep,) = report._alpha_sweeps(found.pairs)
     assert [tuple(point) for point in sweep.points] == [(0.1, 80.0, None), (0.5, 90.0, None), (2.0, None, None)]
     assert sweep.others == [("ln", 91.0)]
@@ -243,5 +244,5 @@ def test_arms_are_named_by_the_settings_that_are_not_the_usual_ones(tmp_path):
     put(tmp_path, "norm=dyt", "norm.affine=false", "norm.rules={final: 0.3}")
     put(tmp_path, "norm=group", "norm.num_groups=4")
     put(tmp_path, "norm=rms")
-    labels = [arm.label for arm in report.build(tmp_path, "ln", 0.95).pairs[0].arms]
+    labels = [arm.label for arm in built(tmp_path).pairs[0].arms]
     assert labels == ["dyt alpha_init=0.5 rules=[['final', 0.3]] affine=False", "group num_groups=4", "rms"]
