@@ -3,10 +3,11 @@
 So it shows the same for a job in another process of this machine and for one on another machine.
 """
 
+import functools
 import json
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from dytrun import terminal
 from dytrun.task import Outcome
@@ -49,7 +51,8 @@ class Job:
 
     def cells(self) -> list[str]:
         """Return the row of the table."""
-        last = _newest(self.run_dir / "metrics.jsonl") if self.state not in ("waiting", "failed", "refused") else {}
+        is_there = self.state not in ("waiting", "failed", "refused", "unreadable")
+        last = _newest(self.run_dir / "metrics.jsonl") if is_there else {}
         seconds = time.monotonic() - self.began if self.began is not None and self.outcome is None else self.seconds
 
         def shown(key: str, form: str) -> str:
@@ -70,7 +73,8 @@ class Job:
 class Board:
     """The table: redrawn on a terminal, in a log file a line for each job that begins or ends."""
 
-    def __init__(self, jobs: Sequence[Job], title: str):
+    def __init__(self, jobs: Sequence[Job], title: str | Callable[[], str]):
+        """Show `jobs`, which may change between two looks at them, and so may what the title says."""
         self._jobs = jobs
         self._title = title
         self._shown = time.monotonic()
@@ -108,11 +112,12 @@ class Board:
 
     def _table(self) -> Table:
         names = ("run", "state", "where", "epoch", "loss", "top-1 %", "images/s", "time")
-        table = Table(title=self._title, title_justify="left")
+        title = self._title if isinstance(self._title, str) else self._title()
+        table = Table(title=Text(title), title_justify="left")
         for name in names:
             table.add_column(name, overflow="fold" if name in ("run", "where") else "ellipsis")
         for job in self._jobs:
-            table.add_row(*job.cells())
+            table.add_row(*map(Text, job.cells()))  # a name is no markup
         return table
 
 
@@ -124,11 +129,18 @@ def counted(runs: Collection[object]) -> str:
 def _newest(path: Path) -> Mapping[str, Any]:
     """Return the newest value of each metric at the end of metrics.jsonl."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES), os.SEEK_SET)
-            lines = file.read().split(b"\n")[:-1]
+        about = path.stat()
+        return _newest_of(path, about.st_size, about.st_mtime_ns)
     except OSError:
         return {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _newest_of(path: Path, size: int, _changed_ns: int) -> Mapping[str, Any]:
+    """Read the end of a file of `size` bytes: those of runs that are over do not change, and are read once."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - _TAIL_BYTES), os.SEEK_SET)
+        lines = file.read().split(b"\n")[:-1]
     found: dict[str, Any] = {}
     for line in lines:
         try:

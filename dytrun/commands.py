@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from dytrun import compose, launch, owner, terminal
+from dytrun import compose, launch, owner, terminal, watch
 from dytrun.bench_config import BenchConfig
 from dytrun.config import EvalConfig, Published, ReplayConfig, ReportConfig, RunConfig
 from dytrun.errors import UserError
@@ -174,7 +174,12 @@ def close_sweep(config: ReportConfig, num_runs: int) -> None:
 
 
 def show_report(config: ReportConfig) -> None:
-    """Make the report of a directory of runs and print its table."""
+    """Make the report of a directory of runs and print its table; or show the runs as they go, and make none."""
+    if config.watch:
+        if config.wandb:
+            raise UserError("watch, wandb: one shows the runs as they go, the other makes a report; say one of them")
+        watch.watch(Path(config.dir))
+        return
     from dytrun import report  # it takes a second, and a run does without
 
     found = report.build(config)

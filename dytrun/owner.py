@@ -177,6 +177,19 @@ def starts(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole_lines(directory / _STARTS)]
 
 
+def at_work(directory: Path) -> Owner | None:
+    """Return who trains in a directory now, as far as its lock, or else the sign of life, can tell; writes nothing."""
+    try:
+        with (directory / _LOCK).open() as lock:
+            is_free, text = _flock(lock, fcntl.LOCK_SH, tries=1), lock.read()
+            age_s = time.time() - os.fstat(lock.fileno()).st_mtime
+        owner = Owner(**json.loads(text))
+    except (OSError, ValueError, TypeError):  # nobody has been there, or whoever was has left in good order
+        return None
+    is_ours = is_free and owner.host == socket.gethostname()
+    return owner if is_free is False or (not is_ours and age_s < _DEAD_S) else None
+
+
 def relatives(config: RunConfig) -> str | None:
     """Say which unfinished run of the same model, norm, data and seed a new run is not; None if there is none."""
     if (config.run_dir / _CONFIG).is_file():
@@ -231,9 +244,9 @@ def _last_owner(lock: IO[str], directory: Path, how: int) -> tuple[Owner | None,
     return owner, bool(is_free)
 
 
-def _flock(lock: IO[str], how: int) -> bool | None:
+def _flock(lock: IO[str], how: int, tries: int = _TRIES) -> bool | None:
     """Lock a file without waiting for one who stays; None where the file system knows no locks."""
-    for _ in range(_TRIES):
+    for _ in range(tries):
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -60,8 +60,8 @@ EXAMPLES = {
         "dytrun report",
         "dytrun report runs",
         "dytrun report /shared/runs confidence=0.99",
-        "dytrun report baseline=dyt",
-        "dytrun report dir=runs --cfg job",
+        "dytrun report baseline=dyt margin=0.1",
+        "dytrun report watch=true",
     ),
 }
 

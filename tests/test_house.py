@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
     "commands": {
         "bench", "bench_config", "compose", "config", "errors", "launch", "owner", "pack", "pack_config", "records",
-        "report", "shards", "task", "terminal",
+        "report", "shards", "task", "terminal", "watch",
     },
+    "watch": {"board", "errors", "owner", "records", "task"},
     "usage": set(),
     "config": {"digest", "norm_config"},
     "norm_config": set(),
@@ -190,6 +191,7 @@ WITHOUT_TORCH = {
     "tracking",
     "wandb_link",
     "wandb_log",
+    "watch",
     "images",
     "folders",
     "seal",

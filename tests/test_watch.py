@@ -1,0 +1,94 @@
+"""`dytrun report watch=true`: real runs in every state, a real terminal."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY, only
+from warm import Warm, step_of
+
+from dytrun import owner, watch
+from dytrun.cli import main
+from dytrun.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with Warm() as process:
+        yield process
+
+
+def states(directory) -> dict[str, str]:
+    return {job.run: job.state for job in watch.look(directory)}
+
+
+def screen(directory, until: str, timeout_s: float = 60) -> tuple[int, str]:
+    """Watch a directory in a terminal of its own until it shows something, then press Ctrl-C."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "dytrun", "report", str(directory), "watch=true"]
+    environment = os.environ | {"COLUMNS": "200", "LINES": "50", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said, end = "", time.monotonic() + timeout_s
+    try:
+        while not re.search(until, said) and time.monotonic() < end:
+            if select.select([ours], [], [], 0.2)[0]:
+                said += os.read(ours, 65536).decode(errors="replace")
+        process.send_signal(signal.SIGINT)
+        return process.wait(30), said
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+@pytest.mark.slow
+def test_runs_are_seen_to_begin_to_go_on_to_be_killed_and_to_end(warm, tmp_path):
+    runs = tmp_path / "runs"
+    done = warm.run(tmp_path / "log1", "train", *TINY, f"runs_dir={runs}")
+    assert done.code == 0, done.said()
+    finished = only(runs).name
+    assert states(runs) == {finished: "finished"}
+    job = warm.start(tmp_path / "log2", "train", *TINY, "norm=dyt", "epochs=400", f"runs_dir={runs}")
+    job.until(lambda: step_of(runs) > 44)
+    names = list(states(runs))
+    assert states(runs) == {names[0]: "running", finished: "finished"}  # those under way come first
+    assert f"process {job.pid} on " in watch.look(runs)[0].where
+    code, said = screen(runs, r"running.*\n(.*\n)*.*(?s:.)*2 runs in .*?1 running, 1 finished(?s:.)*1 running")
+    assert code == 0
+    assert len(set(re.findall(r"│ running +│[^│]*│ ([\d.]+)/400", said))) > 1, said  # it was drawn anew
+    assert re.search(r"finished +│[^│]*│ 1\.0/1 +│ \d\.\d+ +│ \d+\.\d\d", said), said
+    job.kill()
+    job.wait()
+    assert job.is_gone
+    assert states(runs) == {names[0]: "stopped", finished: "finished"}
+    assert owner.at_work(runs / names[0]) is None
+
+
+def test_what_cannot_be_read_is_a_row_and_a_name_is_no_markup(tmp_path):
+    odd = tmp_path / "[red]run"
+    odd.mkdir()
+    (odd / "config.json").write_text('{"epochs"')
+    (tmp_path / "README.md").write_text("no run")
+    (tmp_path / "begun").mkdir()  # a run that has not written its configuration yet
+    assert states(tmp_path) == {"[red]run": "unreadable"}
+    code, said = screen(tmp_path, "unreadable")
+    assert code == 0
+    assert "[red]run" in said
+
+
+def test_no_directory_and_a_run_are_refused(tmp_path, capsys, monkeypatch):
+    with pytest.raises(UserError, match="no directory; give the one that holds the runs"):
+        watch.watch(tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a run, not a directory of runs"):
+        watch.watch(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dytrun", "report", str(tmp_path), "watch=true", "wandb=true"])
+    assert main() == 2
+    assert "say one of them" in capsys.readouterr().err
