@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dytrun import machine, norm, optim
 from dytrun.checkpoint import Checkpoint, Store
@@ -20,6 +21,20 @@ from dytrun.distributed import Place, broadcast_tensors, from_first
 from dytrun.errors import UserError
 from dytrun.owner import amend_start
 from dytrun.sources import Data, fingerprint_difference
+from dytrun.usage import CONF
+
+# Parts of a configuration that do not change the result.
+_NO_SCIENCE = ("machine", "tracking", "checkpoint")
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a run's config.json the keys that are newer than it, as conf/train.yaml has them, where they are no science.
+
+    So what an older version of dytrun has trained can still be looked at. A newer key of the science has no value that
+    could be right, and is left missing.
+    """
+    defaults = yaml.safe_load((CONF / "train.yaml").read_text())
+    return dict(values) | {part: defaults[part] | values[part] for part in _NO_SCIENCE if part in values}
 
 
 def newest(store: Store, place: Place) -> tuple[Checkpoint | None, list[str]]:

@@ -205,8 +205,8 @@ def load_config(run_dir: Path) -> RunConfig:
         UserError: the directory holds no run.
     """
     try:
-        return validate(RunConfig, json.loads((run_dir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        return validate(RunConfig, resume.completed(json.loads((run_dir / "config.json").read_text())))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{run_dir}: no run there (config.json: {error}); give the directory of a run") from None
 
 

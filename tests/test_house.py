@@ -81,6 +81,7 @@ MAY_IMPORT = {
     },
     "resume": {
         "checkpoint", "compute", "config", "distributed", "errors", "machine", "norm", "optim", "owner", "sources",
+        "usage",
     },
     "replay": {
         "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "optim",

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, ancestors, dytrun, is_gone, lines, only, processes, wait_for_title
+from conftest import TINY, ancestors, dytrun, is_gone, lines, only, processes, tiny, wait_for_title
 
 from dytrun import norm
+from dytrun.errors import UserError
 from dytrun.records import METRICS, RunResult
+from dytrun.run import load_config
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +119,19 @@ def test_eval_counts_the_same(sweep):
         assert found["raw"]["top5"] == result.top5
         assert found["ema"]["top1"] == result.ema_top1
         assert f"{result.top1:.3f}" in done.stdout
+
+
+def test_a_run_of_an_older_version_can_be_looked_at(tmp_path):
+    values = json.loads(tiny(f"runs_dir={tmp_path}").model_dump_json())
+    del values["machine"]["loader"], values["tracking"]["probe_every_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(tmp_path)
+    assert (config.machine.loader, config.machine.devices) == ("torch", values["machine"]["devices"])
+    assert config.run_name == tiny().run_name
+    del values["optim"]["lr"]  # of the science nothing is guessed
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"optim\.lr: a value is needed"):
+        load_config(tmp_path)
 
 
 def test_one_and_two_ranks_see_the_same_images_and_losses(tmp_path):
