@@ -26,6 +26,12 @@ class Run:
     result: RunResult
     records: list[dict[str, Any]]
     """Lines of metrics.jsonl."""
+    config: Mapping[str, Any]
+    """config.json."""
+    command: str | None
+    """What was typed for the last start."""
+    started: str | None
+    """When that was, ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Pair:
     data: str
     arms: list[Arm]
     verdicts: list[str]
+    verdict: str
+    """One sentence on the whole pair; empty where nothing was compared."""
 
 
 def pair_runs(runs: Sequence[Run], baseline: str, confidence: float) -> tuple[list[Pair], list[str]]:
@@ -95,7 +103,9 @@ def load_runs(directory: Path) -> tuple[list[Run], list[str]]:
         try:
             result = RunResult.load(path.with_name("result.json"))
             records = [json.loads(line) for line in whole_lines(path.with_name("metrics.jsonl"))]
-            runs.append(Run(name, result, records))
+            config = json.loads(path.read_text())
+            last = json.loads((whole_lines(path.with_name("starts.jsonl")) or ["{}"])[-1])
+            runs.append(Run(name, result, records, config, last.get("command"), last.get("started")))
         except FileNotFoundError:
             problems.append(f"{name}: no result yet (running, or stopped: type its command again)")
         except (OSError, ValueError, TypeError) as error:
@@ -127,7 +137,7 @@ def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) ->
     if verdicts and len(splits) > 1 and "mixup" in first.science["augment"]:
         verdicts.append("Its runs split the batch differently over ranks or micro-batches, so images were mixed with "
                         "other partners: the arms differ in that too.")  # fmt: skip
-    return Pair(pair_id, first.model, first.science["data"]["name"], arms, verdicts)
+    return Pair(pair_id, first.model, first.science["data"]["name"], arms, verdicts, " ".join(verdicts))
 
 
 def _arm(label: str, runs: list[Run], base: list[Run], confidence: float) -> Arm:
@@ -139,7 +149,9 @@ def _arm(label: str, runs: list[Run], base: list[Run], confidence: float) -> Arm
                  if run.result.status == "finished" and run.result.top1 is not None}  # fmt: skip
     speed = _median([result.images_per_s for result in results])
     base_speed = _median([run.result.images_per_s for run in base])
-    is_comparable = bool(base) and len({_setting(result) for result in results + [run.result for run in base]}) == 1
+    is_comparable = (
+        bool(base) and len({speed_setting(result) for result in results + [run.result for run in base]}) == 1
+    )
     return Arm(
         label=label,
         alpha_init=results[0].alpha_init,
@@ -226,7 +238,7 @@ def _place(label: str, result: RunResult) -> tuple[str, float, str]:
     return result.norm, result.alpha_init or 0.0, label
 
 
-def _setting(result: RunResult) -> tuple[Any, ...]:
+def speed_setting(result: RunResult) -> tuple[Any, ...]:
     """What must be equal for two speeds to be comparable."""
     return result.device, result.ranks, result.versions.get("torch"), *sorted(result.machine.items())
 

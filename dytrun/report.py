@@ -1,12 +1,12 @@
 """A directory of runs → table, verdicts, JSON and page."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dytrun import page
 from dytrun.config import ReportConfig
-from dytrun.pairs import Arm, Pair, Run, load_runs, pair_runs
+from dytrun.pairs import Arm, Pair, load_runs, pair_runs
 from dytrun.records import write_json
 from dytrun.stats import Sample
 
@@ -66,8 +66,9 @@ def build(config: ReportConfig) -> Report:
     refused += not_made
     report = Report(config.dir, config.baseline, config.confidence, pairs, refused)
     write_json(directory / "report.json", asdict(report))
-    charts = page.Charts(_alpha_sweeps(pairs), _curves(pairs, runs))
-    page.write(directory / "report.html", report.verdicts(), report.table(), report.remarks(), charts)
+    alone = [replace(report, pairs=[pair], refused=[]) for pair in pairs]
+    sections = [page.Section(one.pairs[0], *one.table(), one.remarks()) for one in alone]
+    page.write(directory / "report.html", sections, runs, refused)
     return report
 
 
@@ -113,37 +114,6 @@ def _footnotes(arms: Sequence[Arm]) -> list[str]:
         text += f". * The runs have another recipe: {'; '.join(expected['differs'])}" if expected["differs"] else ""
         lines.append(text)
     return list(dict.fromkeys(lines))
-
-
-def _alpha_sweeps(pairs: Sequence[Pair]) -> list[page.AlphaSweep]:
-    """Find arms that differ in alpha_init alone: two or more of them are a sweep."""
-    sweeps = []
-    for pair in pairs:
-        groups: dict[str, list[Arm]] = {}
-        for arm in pair.arms:
-            if arm.alpha_init is not None:
-                groups.setdefault(arm.label.replace(f" alpha_init={arm.alpha_init:g}", ""), []).append(arm)
-        base = [(arm.label, arm.top1.mean) for arm in pair.arms if arm.alpha_init is None and arm.top1 is not None]
-        for label, arms in groups.items():
-            if len({arm.alpha_init for arm in arms}) > 1:
-                points = [page.AlphaPoint(arm.alpha_init or 0.0, arm.top1.mean if arm.top1 else None,
-                                          arm.top1.std if arm.top1 else None) for arm in arms]  # fmt: skip
-                title = f"{pair.model} on {pair.data} (pair {pair.pair_id}): {label}"
-                sweeps.append(page.AlphaSweep(title, sorted(points), base))
-    return sweeps
-
-
-def _curves(pairs: list[Pair], runs: list[Run]) -> list[page.Curve]:
-    by_name = {run.name: run for run in runs}
-    curves = []
-    for pair in pairs:
-        for arm in pair.arms:
-            for run in (by_name[name] for name in arm.runs):
-                for metric in ("val/top1", "train/loss"):
-                    points = [(line["epoch"], line[metric]) for line in run.records if line.get(metric) is not None]
-                    curves.append(page.Curve(pair.pair_id, f"{pair.model} on {pair.data}", arm.label,
-                                             run.result.seed, metric, points))  # fmt: skip
-    return curves
 
 
 def _spread(found: Sample | None) -> str:

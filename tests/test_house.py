@@ -147,7 +147,11 @@ MAY_IMPORT = {
     "stats": set(),
     "pairs": {"records", "stats", "errors"},
     "report": {"config", "pairs", "records", "stats", "page"},
-    "page": set(),
+    "page": {"figures", "markup", "pairs", "recipe", "records", "site_figures"},
+    "figures": {"pairs"},
+    "site_figures": {"figures"},
+    "markup": {"figures"},
+    "recipe": {"figures", "markup", "pairs", "records"},
     "errors": set(),
 }  # fmt: skip
 ONLY_IN = {
@@ -183,6 +187,10 @@ WITHOUT_TORCH = {
     "pairs",
     "report",
     "page",
+    "figures",
+    "site_figures",
+    "markup",
+    "recipe",
     "stats",
     "errors",
     "terminal",
