@@ -4,6 +4,7 @@ Nothing here says what colour text or paper has: the page's style sheet does, fo
 """
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
@@ -20,6 +21,7 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pent
 MOST_POINTS = 300
 _MOST_ROWS = 12
 _MOST_THIN_LINES = 5
+_FEW_EPOCHS = 8
 _Item = TypeVar("_Item")
 
 
@@ -83,6 +85,7 @@ _OVER_EPOCHS = (
     _Scale("Training loss", "train/loss", ".3f"),
     _Scale("Training images a second", "perf/images_per_s", ",.0f"),
 )
+_COSTS = (("Images a second", "images_per_s", ",.0f"), ("Peak memory, GiB", "peak_mem_gib", ".2f"))
 
 
 def grouped(pair: Pair, runs: Sequence[Run]) -> list[Group]:
@@ -133,18 +136,12 @@ def costs(groups: Sequence[Group]) -> list[Chart]:
             settings.setdefault(speed_setting(run.result), []).append(run)
     charts = []
     for number, runs in enumerate(settings.values(), 1):
-        where = f"{runs[0].result.device} × {runs[0].result.ranks}" + (f", setting {number}" if settings else "")
-        note = ""
+        place, note = "", f"Measured on {runs[0].result.device} × {runs[0].result.ranks}."
         if len(settings) > 1:
-            note = (f"One of {len(settings)} settings in which these runs were measured ({_machine(runs[0])}). "
-                    "Bars of different charts are not comparable.")  # fmt: skip
-        else:
-            where = where.removesuffix(", setting 1")
-        for title, name, form in (
-            ("Images a second", "images_per_s", ",.0f"),
-            ("Peak memory, GiB", "peak_mem_gib", ".2f"),
-        ):
-            if chart := _bars(groups, runs, (f"{title}: {where}", name, form), note):
+            place = f", setting {number} of {len(settings)}"
+            note = f"{note[:-1]} ({_machine(runs[0])}). Bars of different settings are not comparable."
+        for title, name, form in _COSTS:
+            if chart := _bars(groups, runs, (f"{title}{place}", name, form), note):
                 charts.append(chart)
     return charts
 
@@ -168,7 +165,11 @@ def plain(text: str) -> str:
 
 
 def _points(run: Run, metric: str) -> list[tuple[float, float]]:
-    return [(line["epoch"], line[metric]) for line in run.records if line.get(metric) is not None]
+    return [(line["epoch"], line[metric]) for line in run.records if _is_number(line.get(metric))]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _curve(groups: Sequence[Group], scale: _Scale) -> Chart | None:
@@ -180,7 +181,8 @@ def _curve(groups: Sequence[Group], scale: _Scale) -> Chart | None:
     said = [_told(group, found, scale.form) for group, found in drawn]
     notes = []
     if any(found.stds for _, found in drawn):
-        notes.append("Line: mean over seeds. Band: ± one standard deviation. Thin lines: single seeds.")
+        thin = " Thin lines: single seeds." if all(found.n <= _MOST_THIN_LINES for _, found in drawn) else ""
+        notes.append(f"Line: mean over seeds. Band: ± one standard deviation.{thin}")
     if any(len(_points(run, scale.metric)) > MOST_POINTS for group, _ in drawn for run in group.runs):
         notes.append(f"At most {MOST_POINTS} points of a line are drawn.")
     settings = {speed_setting(run.result) for group, _ in drawn for run in group.runs}
@@ -190,7 +192,10 @@ def _curve(groups: Sequence[Group], scale: _Scale) -> Chart | None:
         )
     xs = thinned(sorted({x for _, found in drawn for x in _all_xs(found)}), _MOST_ROWS)
     rows = [[f"{x:g}", *(_cell(found, x, scale.form) for _, found in drawn)] for x in xs]
-    return Chart(scale.title, f"{scale.title}, over epochs. {' '.join(said)}", traces, layout("epoch"),
+    shape = layout("epoch")
+    if xs[-1] - xs[0] <= _FEW_EPOCHS:
+        shape["xaxis"] |= {"dtick": 1}
+    return Chart(scale.title, f"{scale.title}, over epochs. {' '.join(said)}", traces, shape,
                  ["epoch", *(group.arm.label for group, _ in drawn)], rows, " ".join(notes))  # fmt: skip
 
 
@@ -221,7 +226,7 @@ def _band(group: Group, found: Spread, form: str) -> list[dict[str, Any]]:
             label = f"{name}, seed {run.result.seed}: {run.result.status}"
             traces.append(common | {
                 "x": xs[-1:], "y": ys[-1:], "mode": "markers", "name": label, "hovertemplate": f"%{{y:{form}}}",
-                "marker": {"symbol": "x", "size": 10, "color": look.colour, "line": {"width": 1}},
+                "marker": {"symbol": "x", "size": 9, "color": look.colour},
             })  # fmt: skip
     if found.xs:
         more = {"customdata": _short(found.stds)} if found.stds else {}
@@ -273,7 +278,7 @@ def _sweep(name: str, sweep: Sequence[Group], others: Sequence[Group]) -> Chart:
     data.append({
         "type": "scatter", "mode": "lines+markers", "name": plain(name), "hovertemplate": "%{y:.2f}",
         "x": [group.arm.alpha_init for group, _ in known], "y": [top1.mean for _, top1 in known],
-        "error_y": {"type": "data", "array": [top1.std or 0 for _, top1 in known], "color": "#777777", "thickness": 1.5},
+        "error_y": {"type": "data", "array": [top1.std or 0 for _, top1 in known], "color": "#777777"},
         "line": {"color": "#777777", "width": 1.5},
         "marker": {"size": 10, "color": [group.look.colour for group, _ in known],
                    "symbol": [group.look.symbol for group, _ in known]},
@@ -307,8 +312,12 @@ def _bars(groups: Sequence[Group], runs: Sequence[Run], scale: tuple[str, str, s
     """Draw one cost of each arm that was measured in a setting, its range over the runs as whiskers."""
     title, name, form = scale
     names = {run.name for run in runs}
-    found = [(group, values, own) for group in groups if (own := [run for run in group.runs if run.name in names])
-             and (values := [value for run in own if (value := getattr(run.result, name)) is not None])]  # fmt: skip
+    found: list[tuple[Group, list[float], list[Run]]] = []
+    for group in groups:
+        own = [run for run in group.runs if run.name in names]
+        values: list[float] = [value for run in own if (value := getattr(run.result, name)) is not None]
+        if values:
+            found.append((group, values, own))
     if not found:
         return None
     middles = [median(values) for _, values, _ in found]
@@ -316,8 +325,8 @@ def _bars(groups: Sequence[Group], runs: Sequence[Run], scale: tuple[str, str, s
     base = middles[0] if found[0][0].number == 0 and middles[0] else None
     texts = [f"{middle:{form}}" + (f" ({middle / base:.2f} ×)" if base and place else "")
              for place, middle in enumerate(middles)]  # fmt: skip
-    ticks = [f"{plain(group.arm.label)}<br><sub>{plain(label)}</sub>" for (group, _, _), label in
-             zip(found, labels, strict=True)]  # fmt: skip
+    ticks = [f"{plain(group.arm.label)}<br><span style='font-size:11px'>{plain(label)}</span>"
+             for (group, _, _), label in zip(found, labels, strict=True)]  # fmt: skip
     bar = {
         "type": "bar", "orientation": "h", "x": _short(middles), "y": list(range(len(found))), "text": texts,
         "textposition": "inside", "insidetextanchor": "start", "hovertemplate": "%{text}<extra></extra>",
@@ -335,7 +344,7 @@ def _bars(groups: Sequence[Group], runs: Sequence[Run], scale: tuple[str, str, s
             zip(found, labels, texts, strict=True)]  # fmt: skip
     said = "; ".join(f"{row[0]} ({row[1]}): {row[2]}" for row in rows)
     whiskers = "Median over runs; whiskers: least and most." if any(len(values) > 1 for _, values, _ in found) else ""
-    return Chart(title, f"{title}. {said}", [bar], shape, ["norm", "implementation", title.partition(":")[0], "runs"],
+    return Chart(title, f"{title}. {said}", [bar], shape, ["norm", "implementation", title, "runs"],
                  rows, f"{whiskers} {note}".strip())  # fmt: skip
 
 

@@ -38,9 +38,9 @@ def figure(chart: Chart, number: int) -> str:
     title = escape(chart.title)
     return (
         f"<figure><figcaption><h4>{title}</h4></figcaption>"
-        f'<div class=plot role=img style="--height:{height}px" data-chart={number} aria-label="{escape(chart.said)}"></div>'
-        f'{note}<details><summary>Numbers</summary><div class=scroll tabindex=0 role=region aria-label="{title}, numbers">'
-        f"{numbers}</div></details></figure>"
+        f'<div class=plot role=img style="--height:{height}px" data-chart={number} aria-label="{escape(chart.said)}">'
+        f"</div>{note}<details><summary>Numbers</summary>"
+        f'<div class=scroll tabindex=0 role=region aria-label="{title}, numbers">{numbers}</div></details></figure>'
     )
 
 

@@ -19,14 +19,16 @@ from dytrun import __version__
 from dytrun.figures import Chart, Group, Look, alpha_sweeps, costs, grouped, over_epochs
 from dytrun.markup import counted, figure, swatch, table
 from dytrun.pairs import Pair, Run
-from dytrun.recipe import differences, recipe
-from dytrun.records import whole_file
+from dytrun.recipe import differences, recipes, told, value_at
+from dytrun.records import difference, whole_file
 from dytrun.site_figures import DEEP, MIDDLE, SHALLOW, Depth, by_depth
 
 # Columns of the report's table that the heading of a section says already.
 _SAID_ABOVE = ("pair", "model", "data")
 # More reasons than these are folded away.
 _MOST_REASONS = 5
+# Settings that a heading names at most, and letters from which on a verdict is set smaller.
+_MOST_KEYS, _LONG = 3, 240
 
 
 class Section(NamedTuple):
@@ -46,13 +48,15 @@ def write(path: Path, sections: Sequence[Section], runs: Sequence[Run], refused:
         OSError: it cannot be written.
     """
     charts: list[Chart] = []
+    groups = [grouped(section.pair, runs) for section in sections]
+    titles = _titles(sections, groups)
     body = [
         "<a class=skip href=#main>To the results</a>",
         f"<header><h1>dytrun report: {counted(len(runs), 'run')}, {counted(len(sections), 'comparison')}</h1>",
-        _contents(sections),
+        _contents(sections, titles),
         "</header><main id=main tabindex=-1>",
         "<noscript><p>The charts need JavaScript. The table of numbers under each is there without it.</p></noscript>",
-        *(_section(section, number, grouped(section.pair, runs), charts) for number, section in enumerate(sections)),
+        *(_section(sections[number], titles[number], number, own, charts) for number, own in enumerate(groups)),
         _refusals(refused),
         f"</main><footer class=quiet>Made by dytrun {__version__} from metrics.jsonl, result.json, config.json and "
         "starts.jsonl of each run. The same numbers: report.json.</footer>",
@@ -90,32 +94,46 @@ def _hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _contents(sections: Sequence[Section]) -> str:
+def _contents(sections: Sequence[Section], titles: Sequence[str]) -> str:
     if len(sections) < 2:
         return ""
     items = "".join(
-        f"<li><a href=#pair-{number}>{escape(_name(section.pair))}</a>: {escape(_verdict(section.pair))}</li>"
-        for number, section in enumerate(sections)
+        f"<li><a href=#pair-{number}>{escape(title)}</a>: {escape(_verdict(section.pair))}</li>"
+        for number, (section, title) in enumerate(zip(sections, titles, strict=True))
     )
     return f'<nav aria-label="Comparisons"><ol>{items}</ol></nav>'
 
 
-def _section(section: Section, number: int, groups: Sequence[Group], charts: list[Chart]) -> str:
+def _titles(sections: Sequence[Section], groups: Sequence[Sequence[Group]]) -> list[str]:
+    """Name each comparison by its norms, model and data, and by what else keeps it apart from the others."""
+    sciences = [own[0].runs[0].result.science for own in groups]
+    keys = dict.fromkeys(key for science in sciences[1:] for key, _, _ in difference(sciences[0], science)
+                         if not key.startswith(("norm.", "model.", "data.")))  # fmt: skip
+    names = []
+    for section, science in zip(sections, sciences, strict=True):
+        found = [f"{key}={told(value_at(science, key))}" for key in list(keys)[:_MOST_KEYS]]
+        names.append(", ".join([_name(section.pair), *found]))
+    return [f"{name} ({section.pair.pair_id})" if names.count(name) > 1 else name
+            for name, section in zip(names, sections, strict=True)]  # fmt: skip
+
+
+def _section(section: Section, title: str, number: int, groups: Sequence[Group], charts: list[Chart]) -> str:
     """Return a pair's part of the page; its charts are added to `charts`."""
     pair, depth, place = section.pair, by_depth(groups), f"pair-{number}"
+    kind = "" if len(pair.verdict) <= _LONG else " long"
     remarks = "".join(f"<li>{escape(remark)}</li>" for remark in section.remarks)
     parts = [
         f"<section aria-labelledby={place}{' class=first' if not number else ''}>",
-        f"<h2 id={place}>{escape(_name(pair))}</h2>",
+        f"<h2 id={place}>{escape(title)}</h2>",
         f"<p class=quiet>{escape(_facts(groups))}</p>",
-        f'<p class="verdict{"" if pair.verdict else " none"}">{escape(_verdict(pair))}</p>',
-        _results(section, groups, place),
+        f'<p class="verdict{kind if pair.verdict else " none"}">{escape(_verdict(pair))}</p>',
+        _results(section, title, groups),
         f"<ul class=remarks>{remarks}</ul>" if remarks else "",
         _part("Over the epochs", _arms(groups) + _charts(over_epochs(groups), charts)),
         _part("Where alpha starts", _charts(alpha_sweeps(groups), charts)),
-        _part("The norms by depth", _ramp(depth) + _charts(depth.charts, charts, "small") if depth else ""),
+        _part("The norms by depth", _ramp(depth) + _charts(depth.charts, charts) if depth else ""),
         _part("Speed and memory", _charts(costs(groups), charts)),
-        _part("Reproduce", differences(groups) + "".join(recipe(group, run) for group in groups for run in group.runs)),
+        _part("Reproduce", differences(groups, title) + recipes(groups)),
         "</section>",
     ]
     return "\n".join(part for part in parts if part)
@@ -155,7 +173,7 @@ def _days(runs: Sequence[Run]) -> str:
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
 
 
-def _results(section: Section, groups: Sequence[Group], place: str) -> str:
+def _results(section: Section, title: str, groups: Sequence[Group]) -> str:
     """Return the table: an arm a row, its line's look beside its name."""
     kept = [number for number, name in enumerate(section.columns) if name not in _SAID_ABOVE]
     first = section.columns.index("norm")
@@ -166,7 +184,8 @@ def _results(section: Section, groups: Sequence[Group], place: str) -> str:
         "Results, an arm a row",
         [swatch(group.look) for group in groups],
     )
-    return f"<div class=scroll tabindex=0 role=region aria-labelledby={place}>{drawn}</div>"
+    label = escape(f"Results, {title}")
+    return f'<div class=scroll tabindex=0 role=region aria-label="{label}">{drawn}</div>'
 
 
 def _arms(groups: Sequence[Group]) -> str:
@@ -187,8 +206,8 @@ def _ramp(depth: Depth) -> str:
     kinds = "; ".join(f"{_line(dash)} {escape(kind)}" for kind, dash in depth.kinds)
     return (
         f"<p class=quiet>In the charts with a line a site, the colour is the depth, {escape(depth.ends[0])} "
-        f"<span class=ramp style='background:linear-gradient(90deg,{colours})'></span> {escape(depth.ends[1])}, and the "
-        f"dash the kind of site: {kinds}. All arms have the same scale.</p>"
+        f"<span class=ramp style='background:linear-gradient(90deg,{colours})'></span> {escape(depth.ends[1])}, and "
+        f"the dash the kind of site: {kinds}. All arms have the same scale.</p>"
     )
 
 
@@ -196,12 +215,12 @@ def _line(dash: str) -> str:
     return swatch(Look("currentColor", dash, ""))
 
 
-def _charts(new: Sequence[Chart], charts: list[Chart], size: str = "") -> str:
+def _charts(new: Sequence[Chart], charts: list[Chart]) -> str:
     if not new:
         return ""
     drawn = "\n".join(figure(chart, len(charts) + number) for number, chart in enumerate(new))
     charts += new
-    return f"<div class='charts {size}'>\n{drawn}\n</div>"
+    return f'<div class="charts{" few" if len(new) == 1 else ""}">\n{drawn}\n</div>'
 
 
 def _refusals(refused: Sequence[str]) -> str:

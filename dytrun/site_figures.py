@@ -1,7 +1,6 @@
 """What the norms of each arm do, by depth: alpha, spread of the inputs and saturation of every site over time."""
 
 import math
-import re
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -11,6 +10,8 @@ from dytrun.figures import DASHES, Chart, Group, layout, plain, spread, thinned
 # From shallow to deep; both ends and the middle show on white and on black, and to colour-blind eyes.
 SHALLOW, MIDDLE, DEEP = (0x1F, 0x77, 0xD0), (0x8A, 0x8A, 0x8A), (0xE0, 0x76, 0x0A)
 _MOST_POINTS, _MOST_POINTS_OF_MANY, _MANY_LINES = 150, 50, 1000
+
+_TICKS = [float(f"{digit}e{power}") for power in range(-4, 5) for digit in (1, 2, 5)]
 
 
 class _Panel(NamedTuple):
@@ -22,7 +23,7 @@ class _Panel(NamedTuple):
 
 _PANELS = (
     _Panel("norm/alpha/", "alpha", {}, ".3f"),
-    _Panel("norm/input_std/", "standard deviation of the inputs", {"type": "log"}, ".3g"),
+    _Panel("norm/input_std/", "standard deviation of the inputs", {"type": "log", "tickvals": _TICKS}, ".3g"),
     _Panel("norm/saturation/", "share of saturated inputs", {"tickformat": ".0%"}, ".1%"),
 )
 
@@ -31,7 +32,7 @@ class Depth(NamedTuple):
     """What the norms of a pair's arms do."""
 
     kinds: list[tuple[str, str]]
-    """Name and dash of each kind of site: sites whose names differ in numbers alone."""
+    """Name and dash of each kind of site: sites whose names differ in a number alone."""
     ends: tuple[str, str]
     """The first and the last site."""
     charts: list[Chart]
@@ -43,7 +44,7 @@ def by_depth(groups: Sequence[Group]) -> Depth | None:
     if not sites:
         return None
     # The order of the records is the order of depth.
-    kinds = dict.fromkeys(re.sub(r"\d+", "*", site) for site in sites)
+    kinds = dict.fromkeys(_kind(site) for site in sites)
     dashes = {kind: DASHES[number % len(DASHES)] for number, kind in enumerate(kinds)}
     charts = [chart for chart in [_at_the_end(groups, sites)] if chart is not None]
     most = _MOST_POINTS_OF_MANY if len(groups) * len(sites) > _MANY_LINES else _MOST_POINTS
@@ -89,17 +90,17 @@ def _panel(
     bounds: tuple[float, float],
 ) -> Chart:
     last = max(len(lines) - 1, 1)
-    data = [
+    data: list[dict[str, Any]] = [
         {
             "type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": plain(site),
             "x": [float(f"{x:.5g}") for x in xs], "y": [float(f"{y:.4g}") for y in ys], "opacity": 0.9,
             "hovertemplate": f"{plain(site)}: %{{y:{panel.form}}} at epoch %{{x:.4g}}<extra></extra>",
-            "line": {"width": 1.5, "color": _colour(place / last), "dash": dashes[re.sub(r"\d+", "*", site)]},
+            "line": {"width": 1.5, "color": _colour(place / last), "dash": dashes[_kind(site)]},
             "marker": {"color": _colour(place / last)},
         }
         for place, (site, (xs, ys)) in enumerate(lines.items())
     ]  # fmt: skip
-    shape = layout("epoch", height=260) | {"hovermode": "closest"}
+    shape: dict[str, Any] = layout("epoch", height=260) | {"hovermode": "closest"}
     shape["yaxis"] |= panel.axis | {"range": list(bounds)}
     ended = sum(run.result.status == "finished" for run in group.runs)
     mean = f" Mean of {ended} seeds." if ended > 1 else ""
@@ -130,7 +131,7 @@ def _at_the_end(groups: Sequence[Group], sites: Sequence[str]) -> Chart | None:
         for site in sites:
             spreads = f" ± {stdev(found[site]):.3f}" if len(found.get(site, [])) > 1 else ""
             rows[site].append(f"{fmean(found[site]):.3f}{spreads}" if site in found else "–")
-        first, last = list(found)[0], list(found)[-1]
+        first, last = next(iter(found)), list(found)[-1]
         told.append(f"{group.arm.label}: {fmean(found[first]):.3f} at {first}, {fmean(found[last]):.3f} at {last}.")
     if not drawn:
         return None
@@ -153,6 +154,11 @@ def _last_alphas(group: Group) -> dict[str, list[float]]:
             if value is not None:
                 found.setdefault(site, []).append(value)
     return found
+
+
+def _kind(site: str) -> str:
+    """Return the name with a star for each number that stands alone in it: `blocks.*.norm1`."""
+    return ".".join("*" if part.isdigit() else part for part in site.split("."))
 
 
 def _colour(place: float) -> str:

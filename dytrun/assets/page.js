@@ -5,7 +5,7 @@
   // A finger that moves over a chart scrolls the page; a mouse zooms.
   const isTouch = matchMedia("(pointer: coarse)").matches;
   const options = { displayModeBar: false, responsive: true };
-  const PRINTED_WIDTH = 660;
+  const PRINTED_WIDTH = 330; // two charts beside each other on A4
 
   function draw(plot) {
     if (plot.dataset.drawn) return;
