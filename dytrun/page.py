@@ -16,7 +16,8 @@ from typing import NamedTuple
 from plotly.offline import get_plotlyjs
 
 from dytrun import __version__
-from dytrun.figures import Chart, Group, Look, alpha_sweeps, costs, grouped, over_epochs
+from dytrun.cost_figures import costs
+from dytrun.figures import Chart, Group, Look, alpha_sweeps, grouped, over_epochs
 from dytrun.markup import counted, figure, swatch, table
 from dytrun.pairs import Pair, Run
 from dytrun.recipe import differences, recipes, told, value_at
@@ -50,9 +51,10 @@ def write(path: Path, sections: Sequence[Section], runs: Sequence[Run], refused:
     charts: list[Chart] = []
     groups = [grouped(section.pair, runs) for section in sections]
     titles = _titles(sections, groups)
+    several = f", {len(sections)} comparisons" if len(sections) > 1 else ""
     body = [
         "<a class=skip href=#main>To the results</a>",
-        f"<header><h1>dytrun report: {counted(len(runs), 'run')}, {counted(len(sections), 'comparison')}</h1>",
+        f"<header><h1>dytrun report: {counted(len(runs), 'run')}{several}</h1>",
         _contents(sections, titles),
         "</header><main id=main tabindex=-1>",
         "<noscript><p>The charts need JavaScript. The table of numbers under each is there without it.</p></noscript>",
@@ -160,7 +162,9 @@ def _facts(groups: Sequence[Group]) -> str:
     epochs = sorted({run.result.epochs for run in runs})
     words = [
         counted(len(groups), "arm"),
-        counted(seeds[0], "seed") + " each" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds",
+        counted(seeds[0], "seed") + " each" * (len(groups) > 1)
+        if len(seeds) == 1
+        else f"{seeds[0]} to {seeds[-1]} seeds",
         " or ".join(counted(number, "epoch") for number in epochs),
         *([f"started {days}"] if (days := _days(runs)) else []),
         f"pair {runs[0].result.pair_id}",
@@ -205,7 +209,7 @@ def _ramp(depth: Depth) -> str:
     colours = ", ".join(f"rgb{colour}" for colour in (SHALLOW, MIDDLE, DEEP))
     kinds = "; ".join(f"{_line(dash)} {escape(kind)}" for kind, dash in depth.kinds)
     return (
-        f"<p class=quiet>In the charts with a line a site, the colour is the depth, {escape(depth.ends[0])} "
+        f"<p class='quiet charts-legend'>In the charts with a line a site, the colour is the depth, {escape(depth.ends[0])} "
         f"<span class=ramp style='background:linear-gradient(90deg,{colours})'></span> {escape(depth.ends[1])}, and "
         f"the dash the kind of site: {kinds}. All arms have the same scale.</p>"
     )

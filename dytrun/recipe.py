@@ -36,8 +36,9 @@ def recipes(groups: Sequence[Group]) -> str:
     """Return a folded part for each run; where they are many, they are folded together."""
     parts = [_recipe(group, run) for group in groups for run in group.runs]
     text = "\n".join(parts)
-    return text if len(parts) <= _MOST_RUNS else (
-        f"<details class=run><summary>{len(parts)} runs: commands and configurations</summary>{text}</details>")  # fmt: skip
+    if len(parts) <= _MOST_RUNS:
+        return text
+    return f"<details class=run><summary>{len(parts)} runs: commands and configurations</summary>{text}</details>"
 
 
 def _recipe(group: Group, run: Run) -> str:
