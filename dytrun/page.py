@@ -208,10 +208,11 @@ def _ramp(depth: Depth) -> str:
     """Return the legend of the charts that have a line a site."""
     colours = ", ".join(f"rgb{colour}" for colour in (SHALLOW, MIDDLE, DEEP))
     kinds = "; ".join(f"{_line(dash)} {escape(kind)}" for kind, dash in depth.kinds)
+    ramp = f"<span class=ramp style='background:linear-gradient(90deg,{colours})'></span>"
     return (
-        f"<p class='quiet charts-legend'>In the charts with a line a site, the colour is the depth, {escape(depth.ends[0])} "
-        f"<span class=ramp style='background:linear-gradient(90deg,{colours})'></span> {escape(depth.ends[1])}, and "
-        f"the dash the kind of site: {kinds}. All arms have the same scale.</p>"
+        "<p class='quiet charts-legend'>In the charts with a line a site, the colour is the depth, "
+        f"{escape(depth.ends[0])} {ramp} {escape(depth.ends[1])}, and the dash the kind of site: {kinds}. "
+        "All arms have the same scale.</p>"
     )
 
 
