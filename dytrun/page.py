@@ -122,15 +122,15 @@ def _titles(sections: Sequence[Section], groups: Sequence[Sequence[Group]]) -> l
 def _section(section: Section, title: str, number: int, groups: Sequence[Group], charts: list[Chart]) -> str:
     """Return a pair's part of the page; its charts are added to `charts`."""
     pair, depth, place = section.pair, by_depth(groups), f"pair-{number}"
-    kind = "" if len(pair.verdict) <= _LONG else " long"
-    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in section.remarks)
+    kind = "none" if not pair.verdicts else "long" if len(pair.verdict) > _LONG else ""
+    remarks = _list([*_more(pair), *section.remarks])
     parts = [
         f"<section aria-labelledby={place}{' class=first' if not number else ''}>",
         f"<h2 id={place}>{escape(title)}</h2>",
         f"<p class=quiet>{escape(_facts(groups))}</p>",
-        f'<p class="verdict{kind if pair.verdict else " none"}">{escape(_verdict(pair))}</p>',
+        f'<p class="verdict {kind}">{escape(_verdict(pair))}</p>',
         _results(section, title, groups),
-        f"<ul class=remarks>{remarks}</ul>" if remarks else "",
+        remarks,
         _part("Over the epochs", _arms(groups) + _charts(over_epochs(groups), charts)),
         _part("Where alpha starts", _charts(alpha_sweeps(groups), charts)),
         _part("The norms by depth", _ramp(depth) + _charts(depth.charts, charts) if depth else ""),
@@ -153,6 +153,16 @@ def _name(pair: Pair) -> str:
 
 def _verdict(pair: Pair) -> str:
     return pair.verdict or "Nothing was compared here: these runs have no counterpart with the baseline's norm."
+
+
+def _more(pair: Pair) -> list[str]:
+    """Return what is said of each arm, where the verdict on the pair does not say it all."""
+    return [] if pair.verdict == " ".join(pair.verdicts) else list(pair.verdicts)
+
+
+def _list(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul class=remarks>{items}</ul>" if lines else ""
 
 
 def _facts(groups: Sequence[Group]) -> str:
@@ -231,8 +241,7 @@ def _charts(new: Sequence[Chart], charts: list[Chart]) -> str:
 def _refusals(refused: Sequence[str]) -> str:
     if not refused:
         return ""
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in refused)
-    reasons = f"<ul class=remarks>{reasons}</ul>"
+    reasons = _list(refused)
     if len(refused) > _MOST_REASONS:
         reasons = f"<details><summary>{len(refused)} reasons</summary>{reasons}</details>"
     return f"<section aria-labelledby=not-compared><h2 id=not-compared>Not compared</h2>{reasons}</section>"

@@ -23,11 +23,12 @@ class Browser:
         """Start Chromium with an empty profile. It is ended on the way out of a `with`."""
         to_browser, ours_out = os.pipe()
         ours_in, from_browser = os.pipe()
-        # Chromium reads commands from its file 3 and writes to its file 4; nothing but a shell can put them there.
+        # Chromium reads commands from its file 3 and writes to its file 4. A shell puts them there; dash, whose numbers
+        # of files have one digit, cannot.
         command = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
-        size = f"--window-size={width},{height}"
+        options = [*_OPTIONS, f"--window-size={width},{height}", f"--user-data-dir={profile}"]
         self._process = subprocess.Popen(
-            ["sh", "-c", command, "sh", str(CHROMIUM), *_OPTIONS, size, f"--user-data-dir={profile}", "about:blank"],
+            ["bash", "-c", command, "bash", str(CHROMIUM), *options, "about:blank"],
             pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
@@ -35,21 +36,25 @@ class Browser:
         self._out, self._in = os.fdopen(ours_out, "wb"), os.fdopen(ours_in, "rb")
         self._number, self._session, self._rest, self._events = 0, None, b"", []
         self.log: list[str] = []
-        (target,) = [one for one in self._call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
-        found = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-        self._session = found["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self._call(f"{domain}.enable")
 
     def __enter__(self) -> "Browser":
+        try:
+            (target,) = [one for one in self._call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+            found = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+            self._session = found["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self._call(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._out.close()
         self._process.terminate()
         self._process.wait(20)
-        self._in.close()
+        for pipe in (self._out, self._in):
+            with contextlib.suppress(OSError):
+                pipe.close()
 
     def open(self, path: Path) -> None:
         """Load a file and wait until its script says that all is drawn."""
