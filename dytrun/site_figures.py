@@ -94,7 +94,7 @@ def _panel(
         {
             "type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": plain(site),
             "x": [float(f"{x:.5g}") for x in xs], "y": [float(f"{y:.4g}") for y in ys], "opacity": 0.9,
-            "hovertemplate": f"{plain(site)}: %{{y:{panel.form}}} at epoch %{{x:.4g}}<extra></extra>",
+            "hovertemplate": f"{plain(site)}: %{{y:{panel.form}}} at epoch %{{x}}<extra></extra>",
             "line": {"width": 1.5, "color": _colour(place / last), "dash": dashes[_kind(site)]},
             "marker": {"color": _colour(place / last)},
         }
