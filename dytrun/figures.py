@@ -152,8 +152,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _points(run: Run, metric: str) -> list[tuple[float, float]]:
-    found = [(line["epoch"], line[metric]) for line in run.records if metric in line]
-    return [(x, y) for x, y in found if y is not None and math.isfinite(y)]
+    found = [(line["epoch"], line[metric]) for line in run.records if metric in line and "epoch" in line]
+    return [(x, y) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
 
 
 def _curve(groups: Sequence[Group], scale: _Scale) -> Chart | None:
