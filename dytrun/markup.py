@@ -24,7 +24,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, m
     lines = []
     for place, row in enumerate(rows):
         mark = f"{marks[place]} " if marks else ""
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
+        cells = "".join(f"<td{kind}>{_breakable(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
         lines.append(f"<tr><th scope=row>{mark}{escape(row[0])}</th>{cells}</tr>")
     body = "".join(lines)
     return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -56,6 +56,11 @@ def swatch(look: Look) -> str:
 def counted(number: int, noun: str) -> str:
     """Return `1 run`, `2 runs`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _breakable(cell: str) -> str:
+    """Return a cell that may be broken before its interval, where the table would else be wider than the page."""
+    return escape(cell).replace(" [", " <wbr>[").replace("], ", "], <wbr>")
 
 
 def _kind(cells: Sequence[str]) -> str:

@@ -157,7 +157,7 @@ def _verdict(pair: Pair) -> str:
 
 def _more(pair: Pair) -> list[str]:
     """Return what is said of each arm, where the verdict on the pair does not say it all."""
-    return [] if pair.verdict == " ".join(pair.verdicts) else list(pair.verdicts)
+    return [text for text in pair.verdicts if text != pair.verdict and pair.verdict != " ".join(pair.verdicts)]
 
 
 def _list(lines: Sequence[str]) -> str:
