@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest, norm
 
-from dytrun.stats import Equivalence, holm
+from dytrun.stats import Equivalence
 
 # Enough that the interval's ends move by less than a hundredth of its width with another seed.
-_DRAWS = 20_000
+_DRAWS = 10_000
 _SEED = 0
 
 
@@ -80,7 +80,7 @@ def compare_images(
     """Compare the hits of runs pair by pair and image by image.
 
     Nothing is assumed but that the images are a sample: each image's mean difference over the pairs is resampled
-    (percentile bootstrap, 20,000 draws, always the same ones). The pairs share their images, so they are never
+    (percentile bootstrap, 10,000 draws, always the same ones). The pairs share their images, so they are never
     counted as more of them.
     Where fewer images differ than McNemar's exact test needs to find anything, no interval is honest and none is
     given; from there on it covers as it says (`tests/coverage.py`).
@@ -182,12 +182,6 @@ def spread(arm: Bool[np.ndarray, "pairs images"], baseline: Bool[np.ndarray, "pa
         mean_std=math.sqrt(max(ms_seeds + ms_images - ms_rest, ms_seeds, ms_images) / cells),
         more=more,
     )
-
-
-def corrected(comparisons: Sequence[ImageComparison | None]) -> list[ImageComparison | None]:
-    """Return comparisons that were made together with their p values corrected by Holm's method."""
-    values = holm([None if found is None else found.p for found in comparisons])
-    return [found and replace(found, p_holm=p) for found, p in zip(comparisons, values, strict=True)]
 
 
 def _run_pair(seed: int, arm: Bool[np.ndarray, " images"], baseline: Bool[np.ndarray, " images"]) -> RunPair:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from scipy.stats import t as student_t
@@ -49,8 +49,11 @@ class Equivalence:
     p: float
     """The larger one of the two tests'."""
     is_equal: bool
+    """By `p_holm`, once there is one."""
     how: str
     """What the tests are over."""
+    p_holm: float | None = None
+    """`p` corrected for the arms that are compared at a time."""
 
 
 def sample(values: list[float]) -> Sample:
@@ -98,12 +101,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         corrected[place] = largest
     return corrected
-
-
-def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
-    """Return differences that were tested together with their p values corrected by Holm's method."""
-    values = holm([None if found is None else found.p for found in differences])
-    return [found and replace(found, p_holm=p) for found, p in zip(differences, values, strict=True)]
 
 
 def _differences(arm: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
