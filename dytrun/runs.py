@@ -109,7 +109,7 @@ def _hits(path: Path, result: RunResult) -> Bool[np.ndarray, " images"]:
         ValueError: it cannot be read, or says something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             num, packed = int(arrays["num"]), arrays["correct"]
             ema = arrays.get("ema_correct")
     except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:

@@ -6,7 +6,7 @@ from dytrun.contrast import Arm
 from dytrun.stats import Equivalence
 
 _NO_PROOF = "not larger than chance. That is no proof that the two are equal."
-# With more arms than these, a sentence an arm is enough.
+# With more arms than these, a sentence on each is enough.
 _FEW = 2
 
 
@@ -42,17 +42,17 @@ def of_pair(base: Arm, arms: Sequence[Arm]) -> str:
 
 
 def of_arms(base: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Return a sentence or two an arm; those with one seed share them if they are many: they all say little."""
+    """Return a sentence an arm (those with one seed share one if they are many), and then what else is worth saying."""
     single = [arm for arm in arms if arm.top1_difference is not None and arm.top1_difference.n == 1]
     if len(single) <= 1:
         single = []
-    found = [_said(base, arm) + (_more(arm) if len(arms) <= _FEW else "") for arm in arms if arm not in single]
+    found = [_said(base, arm) for arm in arms if arm not in single]
     if single:
         found.append(
             f"{len(single)} arms have one seed each (n = 1), so their differences from {base.label}, in the table, say "
             f"nothing about other seeds{_images_of_all(base, single)}. Train more seeds."
         )
-    return found
+    return found + [text for arm in arms if len(arms) <= _FEW for text in _more(arm)]
 
 
 def p_value(p: float) -> str:
@@ -123,19 +123,21 @@ def _images_of_all(base: Arm, arms: Sequence[Arm]) -> str:
             "tests, Holm's correction), which is about these runs and not about the norms")  # fmt: skip
 
 
-def _more(arm: Arm) -> str:
+def _more(arm: Arm) -> list[str]:
     """Say what EMA weights do, and whether seeds or images limit what is known."""
-    found, ema, said = arm.spread, arm.ema_difference, ""
-    if ema is not None and ema.low is not None and ema.high is not None and ema.p is not None:
-        said = f" With EMA weights it is {ema.mean:+.2f} ({ema.low:+.2f} to {ema.high:+.2f}, {p_value(ema.p)})."
-    elif ema is not None:
-        said = f" With EMA weights it is {ema.mean:+.2f}."
-    if found is None:
-        return said
-    help_more = {"seeds": "more seeds would help more than more images", "images": "more images would help more than "
-                 "more seeds", "either": "more seeds and more images would help alike"}[found.more]  # fmt: skip
-    return (f"{said} The difference varies by {found.seed_std:.2f} points from seed to seed (standard deviation), "
-            f"and by {found.image_std:.2f} from one validation set of this size to another: {help_more}.")  # fmt: skip
+    lines, ema, found = [], arm.ema_difference, arm.spread
+    if ema is not None:
+        inside = "" if ema.low is None or ema.high is None else f" ({ema.low:+.2f} to {ema.high:+.2f})"
+        lines.append(f"{arm.label}, with EMA weights: {ema.mean:+.2f} points{inside}, n = {ema.n}.")
+    # Seeds that differ alike are a coincidence, of which nothing follows.
+    if found is not None and arm.top1_difference is not None and arm.top1_difference.p is not None:
+        advice = {"seeds": "more seeds would help more than more images", "images": "more images would help more than "
+                  "more seeds", "either": "more seeds and more images would help alike"}[found.more]  # fmt: skip
+        lines.append(
+            f"{arm.label}: the difference varies by {found.seed_std:.2f} points from seed to seed (standard deviation) "
+            f"and by {found.image_std:.2f} from one validation set of this size to another; {advice}."
+        )
+    return lines
 
 
 def _unfinished(arm: Arm) -> str:
