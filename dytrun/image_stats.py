@@ -69,6 +69,10 @@ class Spread:
     """From one validation set of this size to another, the runs staying the same."""
     mean_std: float
     """Of the mean over all pairs of runs: its standard error over new seeds and new images at once."""
+    seeds_alone: float
+    """The part of it that no number of images takes away."""
+    images_alone: float
+    """The part of it that no number of seeds takes away."""
     more: str
     """`seeds` or `images`, whichever has the larger part in `mean_std`; `either` where neither stands out."""
 
@@ -180,6 +184,8 @@ def spread(arm: Bool[np.ndarray, "pairs images"], baseline: Bool[np.ndarray, "pa
         seed_std=math.sqrt(ms_seeds / num_images),
         image_std=math.sqrt(float(differences.var(axis=1, ddof=1).mean()) / num_images),
         mean_std=math.sqrt(max(ms_seeds + ms_images - ms_rest, ms_seeds, ms_images) / cells),
+        seeds_alone=math.sqrt(seeds / cells),
+        images_alone=math.sqrt(images / cells),
         more=more,
     )
 

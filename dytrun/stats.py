@@ -74,9 +74,14 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float], c
     mean, n, error = fmean(differences), len(differences), _standard_error(differences)
     if error is None:
         return Difference(mean, None, None, n, confidence, None)
-    half = float(student_t.ppf(0.5 + confidence / 2, n - 1)) * error
+    half = reach(n, confidence) * error
     p = 2 * float(student_t.sf(abs(mean) / error, n - 1))
     return Difference(mean, mean - half, mean + half, n, confidence, p)
+
+
+def reach(n: int, confidence: float) -> float:
+    """Return how many standard errors the interval of n differences goes to either side: 12.7, 4.3, 3.2, … at 95 %."""
+    return float(student_t.ppf(0.5 + confidence / 2, n - 1))
 
 
 def equivalence(

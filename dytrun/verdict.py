@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dytrun.contrast import Arm
-from dytrun.stats import Equivalence
+from dytrun.stats import Equivalence, reach
 
 _NO_PROOF = "not larger than chance. That is no proof that the two are equal."
 # With more arms than these, a sentence on each is enough.
@@ -22,7 +22,7 @@ def of_pair(base: Arm, arms: Sequence[Arm]) -> str:
     if len(arms) == 1:
         return _said(base, arms[0])
     known = [arm for arm in arms if arm.top1_difference is not None]
-    lost = _named("without a finished run of a seed that both have", [arm for arm in arms if arm not in known])
+    lost = _named("without a finished run of a shared seed", [arm for arm in arms if arm not in known])
     if not known:
         return f"None of {len(arms)} arms has a finished run of a seed that {base.label} has."
     best = max(known, key=lambda arm: arm.top1_difference.mean if arm.top1_difference else 0.0)
@@ -35,7 +35,7 @@ def of_pair(base: Arm, arms: Sequence[Arm]) -> str:
     equal = [arm for arm in known if arm.equivalence and arm.equivalence.is_equal and arm not in beyond]
     differ = "differs" if len(beyond) == 1 else "differ"
     found = f"{len(beyond) or 'none'} of {len(known)} arms {differ} from {base.label} in top-1 by more than chance"
-    found += " after Holm's correction" + (f" ({_labels(beyond)})" if beyond else "")
+    found += " after Holm's correction" + (f" ({_labels(beyond)})" if beyond else ", which shows no equality")
     margin = next((arm.equivalence.margin for arm in equal if arm.equivalence), 0.0)
     parts = [found[0].upper() + found[1:], *_named(f"equal within ±{margin:g} points", equal), *lost, top]
     return f"{'; '.join(parts)}."
@@ -52,7 +52,13 @@ def of_arms(base: Arm, arms: Sequence[Arm]) -> list[str]:
             f"{len(single)} arms have one seed each (n = 1), so their differences from {base.label}, in the table, say "
             f"nothing about other seeds{_images_of_all(base, single)}. Train more seeds."
         )
-    return found + [text for arm in arms if len(arms) <= _FEW for text in _more(arm)]
+    found += [text for arm in arms if len(arms) <= _FEW for text in _more(arm)]
+    known = [arm.top1_difference for arm in arms if arm.top1_difference is not None]
+    if any(one.n == 2 and one.is_beyond_chance is False for one in known):
+        level = known[0].confidence
+        found.append(f"Two seeds are few: their interval reaches {reach(2, level):.1f} standard errors to either side, "
+                     f"that of three {reach(3, level):.1f}. Train more seeds.")  # fmt: skip
+    return found
 
 
 def p_value(p: float) -> str:
@@ -134,8 +140,9 @@ def _more(arm: Arm) -> list[str]:
         advice = {"seeds": "more seeds would help more than more images", "images": "more images would help more than "
                   "more seeds", "either": "more seeds and more images would help alike"}[found.more]  # fmt: skip
         lines.append(
-            f"{arm.label}: the difference varies by {found.seed_std:.2f} points from seed to seed (standard deviation) "
-            f"and by {found.image_std:.2f} from one validation set of this size to another; {advice}."
+            f"{arm.label}: for new seeds and new images at once, the difference has a standard error of "
+            f"{found.mean_std:.2f} points, of which seeds alone make {found.seeds_alone:.2f} and images alone "
+            f"{found.images_alone:.2f}; {advice}."
         )
     return lines
 

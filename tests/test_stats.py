@@ -172,7 +172,8 @@ def test_variance_is_split_between_seeds_and_images():
     by_images = spread(np.repeat(arm, 3, 0), np.repeat(base, 3, 0))
     assert (by_images.more, by_images.seed_std) == ("images", 0.0)
     assert by_images.image_std == pytest.approx(100 * np.std(arm[0] * 1.0 - base[0], ddof=1) / 500**0.5)
-    assert by_images.mean_std == pytest.approx(by_images.image_std)
+    assert by_images.mean_std == pytest.approx(by_images.image_std) == by_images.images_alone
+    assert by_images.seeds_alone == 0
     assert spread(arm, base) is None
 
 
@@ -194,6 +195,8 @@ def test_the_variance_components_are_those_of_an_anova():
     total = mean_squares["C(seed)"] + mean_squares["C(image)"] - mean_squares["Residual"]
     largest = max(total, mean_squares["C(seed)"], mean_squares["C(image)"])
     assert found.mean_std**2 * 90 == pytest.approx(largest)
+    own = [max(0.0, mean_squares[name] - mean_squares["Residual"]) for name in ("C(seed)", "C(image)")]
+    assert [found.seeds_alone**2 * 90, found.images_alone**2 * 90] == pytest.approx(own)
 
 
 @pytest.mark.parametrize("setting", [Setting(360, 0.05, 0.95, 0.0, 1), Setting(2_000, 0.02, 0.8, 0.3, 1)], ids=repr)
