@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
-from dytrun.image_stats import bootstrap, fewest_discordant
+from dytrun.image_stats import interval
 from dytrun.stats import paired_difference
 
 CONFIDENCE = 0.95
@@ -85,17 +85,15 @@ def images(setting: Setting, trials: int, seed: int = 0) -> Share:
         counts = rng.multinomial(setting.num_images, chances / chances.sum())
         values = np.arange(-setting.num_seeds, setting.num_seeds + 1)
         kept = counts > 0
-        if counts[values != 0].sum() < fewest_discordant(CONFIDENCE):
-            tried.append((None, None, truth))
-            continue
-        ends = _bootstrap(tuple(values[kept].tolist()), tuple(counts[kept].tolist()))
-        tried.append((*(100 * end / setting.num_seeds for end in ends), truth))
+        ends = _interval(tuple(values[kept].tolist()), tuple(counts[kept].tolist()))
+        low, high = (None, None) if ends is None else (100 * end / setting.num_seeds for end in ends)
+        tried.append((low, high, truth))
     return _share(tried)
 
 
 @functools.cache
-def _bootstrap(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[float, float]:
-    return bootstrap(np.array(values, float), np.array(counts), CONFIDENCE)
+def _interval(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[float, float] | None:
+    return interval(np.array(values), np.array(counts), CONFIDENCE)
 
 
 def _model(setting: Setting) -> tuple[float, float, float]:
