@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from dytrun.contrast import speed_setting
 from dytrun.figures import Chart, Group, layout, plain, short
-from dytrun.pairs import Run, speed_setting
+from dytrun.runs import Run
 
 _COSTS = (("Images a second", "images_per_s", ",.0f"), ("Peak memory, GiB", "peak_mem_gib", ".2f"))
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-from dytrun.pairs import Arm, Pair, Run, speed_setting
+from dytrun.contrast import Arm, speed_setting
+from dytrun.pairs import Pair
+from dytrun.runs import Run
 
 # Distinguishable with every kind of colour vision (Okabe and Ito; their yellow is darkened, it would not show on
 # white). Dash and symbol say the same as the colour.

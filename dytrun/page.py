@@ -19,9 +19,10 @@ from dytrun import __version__
 from dytrun.cost_figures import costs
 from dytrun.figures import Chart, Group, Look, alpha_sweeps, grouped, over_epochs
 from dytrun.markup import counted, figure, swatch, table
-from dytrun.pairs import Pair, Run
+from dytrun.pairs import Pair
 from dytrun.recipe import differences, recipes, told, value_at
 from dytrun.records import difference, whole_file
+from dytrun.runs import Run
 from dytrun.site_figures import DEEP, MIDDLE, SHALLOW, Depth, by_depth
 
 # Columns of the report's table that the heading of a section says already.

@@ -7,8 +7,8 @@ from typing import Any
 
 from dytrun.figures import Group
 from dytrun.markup import table
-from dytrun.pairs import Run
 from dytrun.records import difference
+from dytrun.runs import Run
 
 # More runs than these are folded together.
 _MOST_RUNS = 12

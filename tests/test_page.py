@@ -14,7 +14,7 @@ from test_report import built, put
 
 from dytrun.cost_figures import costs
 from dytrun.figures import Chart, alpha_sweeps, grouped, over_epochs, spread, thinned
-from dytrun.pairs import load_runs
+from dytrun.runs import load_runs
 from dytrun.site_figures import by_depth
 
 SITES = ("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "fc_norm")
