@@ -1,21 +1,16 @@
 """Runs → arms → pairs. Two runs are compared only if their science differs in the norm and the seed alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from dytrun.errors import UserError
+from dytrun.labels import arm_label
 from dytrun.records import RunResult, difference, whole_lines
 from dytrun.stats import Difference, Sample, paired_difference, sample
-
-# Settings of a norm that need no mention in the name of an arm.
-_USUAL: dict[str, Any] = {
-    "rules": [], "shift_init": None, "learn_alpha": True, "per_channel_alpha": False, "affine": True,
-    "types": ["layernorm"], "include": None, "exclude": [],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def load_runs(directory: Path) -> tuple[list[Run], list[str]]:
 def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) -> Pair:
     by_arm: dict[str, list[Run]] = {}
     for run in members:
-        by_arm.setdefault(_label(run.result.science["norm"]), []).append(run)
+        by_arm.setdefault(arm_label(run.result.science["norm"]), []).append(run)
     first = members[0].result
     # A norm with several settings is no baseline: it is not one arm.
     candidates = [label for label, runs in by_arm.items() if runs[0].result.norm == baseline]
@@ -212,13 +207,6 @@ def _published(results: Sequence[RunResult]) -> list[dict[str, Any]]:
         if result.published is not None and dict(result.published) not in found:
             found.append(dict(result.published))
     return found
-
-
-def _label(norm: Mapping[str, Any]) -> str:
-    """Name an arm by its norm and those of its settings that are not the usual ones."""
-    settings = {key: value for key, value in norm.items() if key != "name" and _USUAL.get(key, ...) != value}
-    return " ".join([norm["name"], *(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                                     for key, value in settings.items())])  # fmt: skip
 
 
 def _place(label: str, result: RunResult) -> tuple[str, float, str]:

@@ -17,7 +17,8 @@ from dytrun.config import RunConfig
 from dytrun.errors import UserError, first_line
 from dytrun.journal import Journal, cut_back
 from dytrun.records import Position, Record, RunResult, to_json_line
-from dytrun.wandb_link import Link, abandon, open_link
+from dytrun.wandb_link import Link, open_link
+from dytrun.wandb_reach import abandon
 
 # Seconds that a run may wait for W&B: at its start, at its end, and at its end when it was told to stop.
 _START_TIMEOUT_S = 5.0

@@ -12,7 +12,7 @@ from tracked import fill, train_record
 from dytrun import records
 from dytrun.records import Accuracy, EvalRecord, Position, Record, to_json_line
 from dytrun.tracking import Tracker
-from dytrun.wandb_link import choose_mode
+from dytrun.wandb_reach import choose_mode
 
 
 def eval_record(step: int) -> EvalRecord:

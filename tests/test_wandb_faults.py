@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from wandb_server import history_of, requests_of
 
-from dytrun.wandb_link import _entries
+from dytrun.wandb_log import _entries
 
 HERE = Path(__file__).parent
 KEY = "c4a7" * 10
