@@ -1,4 +1,4 @@
-"""All norm sites of a run in one chart over the steps: alpha, input std and saturation, a line a site, hued by depth."""
+"""All norm sites of a run in one chart: alpha, input std, saturation over the steps, a line a site, hued by depth."""
 
 import math
 from collections.abc import Mapping

@@ -13,6 +13,7 @@ Record n of metrics.jsonl is W&B's history step n. Who has which rows:
 
 import contextlib
 import json
+import math
 import secrets
 import shlex
 import shutil
@@ -39,7 +40,7 @@ _MOST_TAG_CHARS = 64
 _CHART = "sites/over steps"
 # Shown above a run's notes.
 _PINNED = ("arm", "seed", "comparison", "directory")
-_BETTER = {"val/top1": "max", "val/top5": "max", "ema/top1": "max", "ema/top5": "max", "val/loss": "min"}
+_BETTER = {"val/top1": max, "val/top5": max, "ema/top1": max, "ema/top5": max, "val/loss": min}
 
 
 @dataclass
@@ -59,10 +60,17 @@ class Link:
     _last: dict[str, float] | None = None
     """The newest record that W&B got here; its row is still open."""
     _hidden: set[str] = field(default_factory=set)
+    _best: dict[str, float] = field(default_factory=dict)
+    """Of all records. W&B's own summary="max" knows only those since the last start."""
+    _told: dict[str, float] = field(default_factory=dict)
 
     def log(self, number: int, values: dict[str, float]) -> None:
         """Hand record `number` to W&B, unless W&B has it; every record is to pass here, in order."""
         self.chart.add(values)
+        for name in _BETTER.keys() & values.keys():
+            if math.isfinite(values[name]):
+                best = f"best/{name}"
+                self._best[best] = _BETTER[name](values[name], self._best.get(best, values[name]))
         if number < self.known_rows:
             return
         for name in values.keys() - self._hidden:
@@ -72,6 +80,9 @@ class Link:
                 self._hidden.add(name)
         self.run.log(values, step=number)
         self.known_rows, self._last = number + 1, values
+        if self._told != self._best:
+            self._told = dict(self._best)
+            self.run.summary.update(self._told)
         if self.chart.is_due(values):
             self._draw(values)
 
@@ -96,7 +107,11 @@ class Link:
             self.run.summary.update({name: getattr(result, name) for name in _SUMMARY})
         if in_haste:
             self.run.mark_preempting()  # a run that leaves with a code other than 0 is then "preempted"
-        self.run.finish(exit_code=0 if result is not None and result.status == "finished" else 1)
+        try:
+            self.run.finish(exit_code=0 if result is not None and result.status == "finished" else 1)
+        except TimeoutError as error:
+            folder = shlex.quote(str(Path(self.run.dir).parent))
+            raise TimeoutError(f"its server did not take all; later: wandb sync --no-skip-online {folder}") from error
         if self.part is None:
             write_json(self.state, {"id": self.run_id, "rows": self.known_rows})
         elif not in_haste and not self._is_whole(self.part):
@@ -233,8 +248,6 @@ def _define_axes(run: Any) -> None:
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     run.define_metric("*", step_metric="step")
-    for name, summary in _BETTER.items():
-        run.define_metric(name, step_metric="step", summary=f"{summary},last")
 
 
 def _read_state(path: Path) -> tuple[str, int | None]:
