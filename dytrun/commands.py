@@ -174,10 +174,14 @@ def close_sweep(config: ReportConfig, num_runs: int) -> None:
 
 
 def show_report(config: ReportConfig) -> None:
-    """Make the report of a directory of runs and print its table."""
-    from dytrun import report  # it takes a second, and a run does without
+    """Make the report of a directory of runs and print its table; make it in W&B too, if that is wanted."""
+    from dytrun import dashboard, report  # it takes a second, and a run does without
 
+    place = dashboard.find(config) if config.wandb else None
     found = report.build(config)
     columns, rows = found.table()
     terminal.table(f"runs in {config.dir}", columns, rows, [*found.verdicts(), *found.remarks()])
     terminal.line(f"{config.dir}/report.html and report.json written")
+    if place is not None:
+        for line in dashboard.save(config, place, found):
+            terminal.line(line)

@@ -46,6 +46,11 @@ def why_not() -> str:
     return f"{host} is out of reach ({silence})" if silence else ""
 
 
+def default_entity() -> str:
+    """Ask the server for the entity that runs go to where none is named."""
+    return library().Api().default_entity
+
+
 def abandon(at_once: bool) -> None:
     """Give up W&B's service process and everything that it still has to do; `at_once` without asking it."""
     if at_once:
