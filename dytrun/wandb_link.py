@@ -107,11 +107,7 @@ class Link:
             self.run.summary.update({name: getattr(result, name) for name in _SUMMARY})
         if in_haste:
             self.run.mark_preempting()  # a run that leaves with a code other than 0 is then "preempted"
-        try:
-            self.run.finish(exit_code=0 if result is not None and result.status == "finished" else 1)
-        except TimeoutError as error:
-            folder = shlex.quote(str(Path(self.run.dir).parent))
-            raise TimeoutError(f"its server did not take all; later: wandb sync --no-skip-online {folder}") from error
+        self.run.finish(exit_code=0 if result is not None and result.status == "finished" else 1)
         if self.part is None:
             write_json(self.state, {"id": self.run_id, "rows": self.known_rows})
         elif not in_haste and not self._is_whole(self.part):
