@@ -36,7 +36,7 @@ def step_ms(way: str, directory: Path) -> float:
     folder.mkdir(parents=True)
     command = [sys.executable, str(Path(__file__).with_name("wandb_server.py")), str(port), str(folder), "well"]
     server = subprocess.Popen(command)
-    env = os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "HOME": str(folder)}
+    env = os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
     time.sleep(1)
     words = [*TINY, "norm=dyt", f"epochs={EPOCHS}", f"runs_dir={directory}", "machine.devices=1",
              "tracking.log_every_steps=11", f"tracking.mode={'off' if way == 'off' else 'online'}"]  # fmt: skip
