@@ -66,8 +66,8 @@ def run(request: dict) -> None:
                 tracker.log(replace(train_record(step), epoch=float(step), alpha=alpha))
                 tracker.log(eval_record(step))
         elif name == "wait":
-            until = time.monotonic() + 20
-            while values[1] not in Path(values[0]).read_text() and time.monotonic() < until:
+            until, path = time.monotonic() + 60, Path(values[0])
+            while not (path.is_file() and values[1] in path.read_text()) and time.monotonic() < until:
                 time.sleep(0.05)
         elif name == "signal":
             out.write_text(json.dumps(seen))
