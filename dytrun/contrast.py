@@ -12,12 +12,6 @@ from dytrun.records import RunResult
 from dytrun.runs import Run
 from dytrun.stats import Difference, Equivalence, Sample, equivalence, holm, paired_difference, sample
 
-# Settings of a norm that need no mention in the name of an arm.
-_USUAL: dict[str, Any] = {
-    "rules": [], "shift_init": None, "learn_alpha": True, "per_channel_alpha": False, "affine": True,
-    "types": ["layernorm"], "include": None, "exclude": [],
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -80,13 +74,6 @@ def contrasts(by_arm: Mapping[str, Sequence[Run]], baseline: str | None, rule: R
         )
         for place, arm in enumerate(arms)
     ]
-
-
-def arm_label(norm: Mapping[str, Any]) -> str:
-    """Name an arm by its norm and those of its settings that are not the usual ones."""
-    settings = {key: value for key, value in norm.items() if key != "name" and _USUAL.get(key, ...) != value}
-    return " ".join([norm["name"], *(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                                     for key, value in settings.items())])  # fmt: skip
 
 
 def _arm(label: str, runs: list[Run], base: list[Run], rule: Rule) -> Arm:

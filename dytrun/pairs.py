@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dytrun.contrast import Arm, Rule, arm_label, contrasts
+from dytrun.contrast import Arm, Rule, contrasts
+from dytrun.labels import arm_label
 from dytrun.records import RunResult, difference
 from dytrun.runs import Run
 from dytrun.verdict import of_arms, of_pair
