@@ -26,8 +26,8 @@ MAY_IMPORT = {
     "pool": {"board", "launcher_config", "machine", "ranks", "stop", "task"},
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
     "commands": {
-        "bench", "bench_config", "compose", "config", "errors", "launch", "owner", "pack", "pack_config", "records",
-        "report", "shards", "task", "terminal",
+        "bench", "bench_config", "compose", "config", "errors", "launch", "owner", "pack", "pack_config", "probe",
+        "records", "report", "shards", "task", "terminal",
     },
     "usage": set(),
     "config": {"digest", "norm_config"},
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     },
     "bench_trainer": {
         "arm", "bench_config", "bench_model", "checkpoint", "compute", "config", "distributed", "engine", "model",
-        "norm", "optim", "paired", "records", "state", "throughput", "timing", "tracking",
+        "norm", "optim", "paired", "records", "state", "surroundings", "throughput", "timing", "tracking",
     },
     "bench_data": {
         "batch", "bench_config", "bench_model", "bench_stages", "bench_trainer", "config", "data", "errors",
@@ -76,14 +76,14 @@ MAY_IMPORT = {
     "run": {
         "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
         "jpeg", "machine", "model", "norm", "optim", "owner", "processes", "records", "replay", "resume", "sources",
-        "state", "stop", "terminal", "throughput", "tracking", "validation", "warmstart", "watchdog",
+        "state", "stop", "surroundings", "terminal", "throughput", "tracking", "validation", "warmstart", "watchdog",
     },
     "resume": {
         "checkpoint", "compute", "config", "distributed", "errors", "machine", "norm", "optim", "owner", "sources",
     },
     "replay": {
-        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "optim",
-        "records", "sources",
+        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "errors", "optim", "records",
+        "sources", "surroundings",
     },
     "arm": {"augment", "config", "convert", "data", "model", "sites"},
     "warmstart": {
@@ -91,11 +91,20 @@ MAY_IMPORT = {
         "weights",
     },
     "weights": {"checkpoint", "errors", "norm"},
-    "calibrate": {"errors", "functions", "norm"},
-    "engine": {
-        "agreement", "batch", "checkpoint", "compute", "config", "distributed", "errors", "evaluate", "optim",
-        "records", "state", "throughput", "watchdog",
+    "calibrate": {"activations", "errors", "functions", "norm"},
+    "activations": {"functions", "norm"},
+    "probe": {
+        "activations", "arm", "checkpoint", "compute", "config", "data", "errors", "machine", "model", "probe_figures",
+        "probe_page", "probe_sites", "processes", "records", "run", "sites", "sources", "wandb_link",
     },
+    "probe_sites": {"activations", "calibrate", "errors", "functions", "norm", "sites"},
+    "probe_figures": {"functions", "probe_sites"},
+    "probe_page": {"activations", "probe_figures", "probe_sites", "records"},
+    "engine": {
+        "activations", "agreement", "batch", "checkpoint", "compute", "config", "distributed", "errors", "evaluate",
+        "optim", "records", "state", "surroundings", "watchdog",
+    },
+    "surroundings": {"batch", "checkpoint", "distributed", "optim", "throughput"},
     "agreement": {"distributed"},
     "compute": {"batch", "config", "distributed"},
     "state": {"checkpoint", "config", "distributed", "errors", "optim", "throughput"},
@@ -159,6 +168,7 @@ ONLY_IN = {
     "nvidia": {"dali_graph"},
     "triton": {"curves", "kernels"},
     "pyarrow": {"parquet"},
+    "matplotlib": {"probe_figures"},
 }
 WITHOUT_TORCH = {
     "cli",
