@@ -122,7 +122,7 @@ def probe(config: ProbeConfig) -> None:
     terminal.table(table.title, table.columns, table.rows, table.notes)
     terminal.line(f"{out}/probe.html, probe.json and figures/ written")
     if config.wandb:
-        instrument.share(out, trained, found, figures)
+        terminal.line(instrument.share(out, trained, found, figures))
 
 
 def pack(config: PackConfig) -> None:

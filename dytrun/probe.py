@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -311,13 +312,19 @@ def _put_in_place(folder: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def share(out: Path, trained: RunConfig, found: Probe, figures: dict[str, Path]) -> None:
-    """Give W&B the numbers, the table and the figures, in the run's project.
+def share(out: Path, trained: RunConfig, found: Probe, figures: dict[str, Path]) -> str:
+    """Give W&B the numbers, the table and the figures, in the run's project; say where they are now.
 
     Raises:
-        UserError: W&B did not take it; the files are written.
+        UserError: W&B did not take it, or is forbidden; the files are written.
     """
     from dytrun import wandb_link
 
-    tracking = trained.tracking.model_copy(update={"mode": "auto"})
+    mode, why = wandb_link.choose_mode(trained.tracking.model_copy(update={"mode": "auto"}))
+    if mode == "off":
+        raise UserError(f"wandb: {why} forbids it; unset that, or leave wandb=true out (the files are written)")
+    tracking = trained.tracking.model_copy(update={"mode": mode})
     wandb_link.log_once(tracking, out / "probe.json", "probe", found.about, [found.table()], figures)
+    if mode == "online":
+        return f"W&B: table and figures are in the project {tracking.project}"
+    return f"W&B offline: {why}. Upload it: wandb sync {shlex.quote(str(out / 'wandb'))}/offline-run-*"

@@ -533,6 +533,7 @@ def test_wandb_gets_figures_and_table_if_asked(runs, warm, tmp_path):
     out = tmp_path / "out"
     job = warm.run(tmp_path / "log", "probe", str(runs["ln"]), *PROBE, "wandb=true", f"out={out}")
     assert job.code == 0, job.said()
+    assert "W&B offline: no API key (wandb login). Upload it: wandb sync" in job.said()
     (log,) = out.glob("wandb/offline-run-*/*.wandb")
     assert b"s-shape" in log.read_bytes() or b"S-shaped" in log.read_bytes()
     images = list(out.glob("wandb/offline-run-*/files/media/images/**/*.png"))
