@@ -98,6 +98,7 @@ MAY_IMPORT = {
     "probe": {
         "activations", "arm", "checkpoint", "compute", "config", "data", "errors", "machine", "model", "probe_figures",
         "probe_page", "probe_sites", "processes", "records", "run", "sites", "sources", "wandb_link",
+        "wandb_reach",
     },
     "probe_sites": {"activations", "calibrate", "errors", "functions", "norm", "sites"},
     "probe_figures": {"functions", "probe_sites"},
