@@ -5,8 +5,8 @@
 #     bash tests/gpu.sh FASHION_MNIST_DIR OUT_DIR
 #
 # FASHION_MNIST_DIR holds the four IDX files (Debian: dataset-fashion-mnist). OUT_DIR gets the log, the report and the
-# results, small enough to copy home; figures belong in runs/README.md, with the date and the device. About
-# thirteen minutes on one H200 (estimated: not yet run).
+# results, small enough to copy home; figures belong in runs/README.md, with the date and the device. About ten
+# minutes on one H200 (estimated: not yet run).
 set -euo pipefail
 data=$1 out=$2
 mkdir -p "$out"
@@ -32,22 +32,6 @@ python3 -m dytrun train -m model=vit_s model.kwargs.patch_size=4 data=fashion_mn
 cp "$runs/report.json" "$runs/report.html" "$out"
 for result in "$runs"/*/result.json; do
   cp "$result" "$out/$(basename "$(dirname "$result")").json"
-done
-
-# What the norms of the first seeds do; what looking at them costs a ViT-B. About two minutes.
-for run in "$runs"/*-s0-*/; do
-  python3 -m dytrun probe "$run" "out=$out/probe-$(basename "$run")" 2>&1 | tee -a "$out/probe.log" ||
-    echo "no probe of $run" | tee -a "$out/probe.log"
-done
-python3 tests/probe_cost.py 20 10 model=vit_b norm=dyt precision=bf16 machine.compile=blocks global_batch=128 \
-  machine.max_batch_per_rank=128 2>&1 | tee "$out/probe_cost.log" || echo "probe_cost failed" | tee -a "$out/probe_cost.log"
-
-# Which of the GPU's own numbers W&B keeps of a run, offline. Half a minute.
-python3 -m dytrun train model=vit_s model.kwargs.patch_size=4 data=fashion_mnist "data.root=$data" augment=light \
-  epochs=1 global_batch=512 machine.max_batch_per_rank=512 optim.warmup_epochs=0 ema=off precision=bf16 \
-  tracking.mode=offline "runs_dir=$runs/wandb" >"$out/wandb.log" 2>&1 || echo "the W&B run failed" | tee -a "$out/wandb.log"
-for part in "$runs"/wandb/*/wandb/offline-run-*; do
-  wandb leet inspect --json "$part" | grep -o '"gpu[^"]*"' | sort | uniq -c | tee -a "$out/wandb.log" || true
 done
 
 # Compile time and step time of a ViT-B and a ConvNeXt-B: uncompiled, block by block, whole. About six minutes.
