@@ -18,6 +18,8 @@ from dytrun.records import RunResult, whole_lines
 _RESULT = TypeAdapter(RunResult)
 # Any of these in a directory without config.json says that a run was there.
 _TRACES = ("result.json", "metrics.jsonl", "starts.jsonl", "correct.npz")
+# What a damaged file of NumPy's can raise; zipfile has RuntimeError for a flag that says encrypted or patched.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _hits(path: Path, result: RunResult) -> Bool[np.ndarray, " images"]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             num, packed = int(arrays["num"]), arrays["correct"]
             ema = arrays.get("ema_correct")
-    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot be read ({first_line(error)})") from None
     if num != result.num_val or num < 1:
         raise ValueError(f"is of {num:,} images, result.json of {result.num_val}")

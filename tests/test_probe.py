@@ -27,7 +27,7 @@ from dytrun.data import ValBatches
 from dytrun.engine import fit
 from dytrun.norm import GroupNorm, PointWise, RmsNorm
 from dytrun.probe_sites import SiteLook, Watch
-from dytrun.records import ProbeRecord
+from dytrun.records import ProbeRecord, Remark
 from dytrun.run import load_config
 from dytrun.sites import Site
 from dytrun.sources import Split, load_data
@@ -183,6 +183,23 @@ def test_probes_never_come_where_there_is_no_norm(tmp_path):
     bench = Bench(tmp_path, "tracking.probe_every_steps=5")
     bench.sites = []
     assert not [record for record in bench.records() if isinstance(record, ProbeRecord)]
+
+
+def test_a_probe_that_fails_ends_no_run(tmp_path):
+    bench = Bench(tmp_path, *DRAWS, "tracking.probe_every_steps=22")
+    bench.state.model.get_submodule("blocks.0").register_forward_pre_hook(full)
+    records = bench.records()
+    assert not [record for record in records if isinstance(record, ProbeRecord)]
+    assert [record.text for record in records if isinstance(record, Remark)] == [
+        f"the norms after step {step} could not be looked at (no memory for 8 images)" for step in (22, 44)
+    ]
+    assert bench.state.step == 44
+
+
+def full(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+    """Raise what CUDA raises where a probe's images no longer fit."""
+    if len(args[0]) == activations.GLANCE_IMAGES and not torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("no memory for 8 images")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny
 
-from dytrun import compose, report
+from dytrun import compose, report, terminal
 from dytrun.cli import main
 from dytrun.config import RunConfig
 from dytrun.errors import UserError
@@ -362,11 +362,21 @@ def damaged(path: Path, how: str) -> None:
         np.savez(path, correct=np.packbits(np.ones(10_000, bool)), num=np.array(10_000))
     elif how == "thin":
         np.savez(path, correct=np.packbits(np.ones(8, bool)), num=np.array(10_000))
+    elif how == "endless":
+        np.savez(path, correct=np.packbits(np.ones(10_000, bool)), num=np.array(np.inf))
+    elif how in FLAGS:
+        place, bit = FLAGS[how]
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(b"PK\1\2") + place] |= bit
+        path.write_bytes(raw)
     else:
         np.savez(path, hits=np.ones(10_000, bool))
 
 
+# One bit in an entry of the archive's index, and a reader takes it to be encrypted, or packed in a way nobody knows.
+FLAGS = {"encrypted": (8, 1), "unknown": (10, 0x40)}
 DAMAGES = {
+    "endless": "cannot be read", "encrypted": "cannot be read", "unknown": "cannot be read",
     "cut": "cannot be read", "flipped": "cannot be read", "text": "cannot be read", "empty": "cannot be read",
     "pickle": "cannot be read", "keys": "cannot be read", "short": "is of 9,999 images, result.json of 10000",
     "lies": "counts 10,000 hits, 100 %, where result.json says top-1 91.0 %",
@@ -386,6 +396,12 @@ def test_a_correct_npz_that_does_not_fit_is_said_and_not_used(tmp_path, how):
     assert line.endswith("train it again")
     assert found.pairs[0].arms[1].images is None
     assert found.pairs[0].arms[1].top1_difference.mean == pytest.approx(1.0)
+
+
+def test_a_setting_in_brackets_is_no_markup(capsys):
+    terminal.table("runs in a[b]", ["[c]"], [["include=['*[d]*']"]], ["e[f]"])
+    said = capsys.readouterr().out
+    assert [text for text in ("runs in a[b]", "[c]", "include=['*[d]*']", "e[f]") if text not in said] == []
 
 
 def test_runs_without_hits_are_named_in_one_line(tmp_path):
