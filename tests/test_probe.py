@@ -475,6 +475,12 @@ def test_wrong_input_is_one_line_and_leaves_nothing(runs, monkeypatch, capsys, t
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
+    for name in ("shared", "drawn"):
+        (tmp_path / name / "figures").mkdir(parents=True)
+        (tmp_path / name / "probe.json").write_text("an earlier one")
+    (tmp_path / "shared" / "notes.md").write_text("")
+    (tmp_path / "drawn" / "figures" / "paper.tex").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
     cases = (
         ([str(tmp_path / "nowhere")], "no run there"),
         ([str(damaged)], "no LATEST checkpoint there; train the run first"),
@@ -483,7 +489,11 @@ def test_wrong_input_is_one_line_and_leaves_nothing(runs, monkeypatch, capsys, t
         ([str(runs["ln"]), "weights=ema"], "the run has no ema weights; say weights=raw"),
         ([str(runs["ln"]), "batches=12"], "12 of 32 images are 384, and the validation split has 360; lower"),
         ([str(runs["ln"]), f"out={tmp_path / 'file'}"], "file is a file; give a folder"),
-        ([str(runs["ln"]), f"out={tmp_path / 'full'}"], "full holds other files"),
+        ([str(runs["ln"]), f"out={tmp_path / 'full'}"], "full holds other files (thesis.txt)"),
+        ([str(runs["ln"]), f"out={tmp_path / 'shared'}"], "shared holds other files (notes.md)"),
+        ([str(runs["ln"]), f"out={tmp_path / 'drawn'}"], "drawn holds other files (figures/paper.tex)"),
+        ([str(runs["ln"]), f"out={tmp_path / 'link'}"], "link is a link; give a folder"),
+        ([str(runs["ln"]), "out=."], "out: . is where this command runs"),
         ([str(runs["ln"]), "out=/proc/nowhere"], "/proc/nowhere cannot be written"),
         ([], "dir: which run? say dytrun probe DIR"),
         ([str(runs["ln"]), "-m"], "takes one directory"),

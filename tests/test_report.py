@@ -360,6 +360,12 @@ def damaged(path: Path, how: str) -> None:
         np.savez(path, correct=np.array([{"a": 1}], dtype=object), num=np.array(10_000))
     elif how == "lies":
         np.savez(path, correct=np.packbits(np.ones(10_000, bool)), num=np.array(10_000))
+    elif how in ("locked", "unknown"):  # flipped bits that make the archive look encrypted, or packed in another way
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(b"PK\x01\x02") + (8 if how == "locked" else 10)] ^= 1
+        path.write_bytes(raw)
+    elif how == "bomb":
+        np.savez_compressed(path, correct=np.zeros(50_000_000, np.uint8), num=np.array(10_000))
     elif how == "thin":
         np.savez(path, correct=np.packbits(np.ones(8, bool)), num=np.array(10_000))
     elif how == "endless":
@@ -380,8 +386,25 @@ DAMAGES = {
     "cut": "cannot be read", "flipped": "cannot be read", "text": "cannot be read", "empty": "cannot be read",
     "pickle": "cannot be read", "keys": "cannot be read", "short": "is of 9,999 images, result.json of 10000",
     "lies": "counts 10,000 hits, 100 %, where result.json says top-1 91.0 %",
+    "locked": "cannot be read", "unknown": "cannot be read",
+    "bomb": "cannot be read (50,000,128 bytes are too many for 10000 images)",
     "thin": "has not one bit for each of 10,000",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("top1", float("nan"), "result.json, top1: no finite number"),
+     ("val_loss", float("inf"), "result.json, val_loss: no finite number"),
+     ("science", {"norm": {}, "data": {}, "augment": {}}, "result.json lacks the run's science")],
+)  # fmt: skip
+def test_a_result_that_is_no_result_is_said(tmp_path, key, value, said):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", top1=91.0)
+    path = next(tmp_path.glob("*dyt*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    lines = built(tmp_path).refused
+    assert f"{path.parent.name}: its files cannot be read ({said}); train it again" in lines
 
 
 @pytest.mark.parametrize("how", DAMAGES)
