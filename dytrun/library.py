@@ -13,7 +13,7 @@ from dytrun.errors import UserError
 from dytrun.norm import PointWise
 from dytrun.sites import Site
 
-__all__ = ["Derf", "DynamicTanh", "Site", "convert_norms", "llama_rules", "scale_embedding"]
+__all__ = ["Derf", "DynamicTanh", "Site", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding"]
 
 # Width of the hidden states → alpha at the start, before attention and elsewhere: arXiv 2503.10622 v2, section 7 (the
 # table by width; its 8196 is 8192 in the code) and, for 5120, that of LLaMA 13B.
@@ -88,6 +88,22 @@ def scale_embedding(embedding: nn.Embedding) -> nn.Parameter:
     embedding.scale = nn.Parameter(start.to(embedding.weight.dtype))
     embedding.register_forward_hook(_scaled)
     return embedding.scale
+
+
+@torch.no_grad()
+def end_zero_init(model: nn.Module) -> list[str]:
+    """Draw the weights of the linear layers and convolutions that are all zero, and return their names.
+
+    DiT starts its modulation and output layers at zero, which serves LayerNorm and hurts DyT: the paper keeps it for
+    LayerNorm alone (arXiv 2503.10622 v2, appendix A; issue 18 of jiachenzhu/DyT). They are drawn as DiT draws its other
+    layers, Xavier-uniform, from torch's global generator; biases stay.
+    """
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    zero = [name for name, layer in found.items() if not bool(layer.weight.any())]
+    for name in zero:
+        nn.init.xavier_uniform_(found[name].weight.flatten(1))
+    return zero
 
 
 def _scaled(embedding: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dytrun
-from dytrun import Derf, DynamicTanh, convert_norms, llama_rules, scale_embedding
+from dytrun import Derf, DynamicTanh, convert_norms, end_zero_init, llama_rules, scale_embedding
 from dytrun.errors import UserError
 from dytrun.norm import PointWise
 
@@ -259,6 +259,21 @@ def test_dits_norms_have_no_weight_of_their_own_and_get_none():
     layers = [module for module in model.modules() if isinstance(module, PointWise)]
     assert [(layer.weight, layer.bias) for layer in layers] == [(None, None)] * len(sites)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.items())  # adaLN's among them
+
+
+def test_a_zero_start_is_taken_back_for_dyt():
+    model, inputs = dit()
+    out, modulation = model.proj_out_2, model.transformer_blocks[0].norm1.linear
+    for layer in (out, modulation):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert output(model, inputs).abs().max() == 0
+    assert end_zero_init(model) == ["transformer_blocks.0.norm1.linear", "proj_out_2"]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"transformer_blocks.0.norm1.linear.weight", "proj_out_2.weight"}
+    assert output(model, inputs).abs().max() > 0
+    assert end_zero_init(model) == []
 
 
 class Weird(nn.Module):
