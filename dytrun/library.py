@@ -8,16 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dytrun.alphas import llama_alphas
 from dytrun.convert import convert_norms
 from dytrun.errors import UserError
 from dytrun.norm import PointWise
 from dytrun.sites import Site
 
 __all__ = ["Derf", "DynamicTanh", "Site", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding"]
-
-# Width of the hidden states → alpha at the start, before attention and elsewhere: arXiv 2503.10622 v2, section 7 (the
-# table by width; its 8196 is 8192 in the code) and, for 5120, that of LLaMA 13B.
-_LLAMA_ALPHA = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
 
 
 def DynamicTanh(  # noqa: N802  stands where a class of norms stands
@@ -64,12 +61,7 @@ def llama_rules(width: int) -> dict[str, float]:
     """
     if width < 1:
         raise UserError(f"llama_rules: {width} is no width of hidden states")
-    known = sorted(_LLAMA_ALPHA)
-    low = max((one for one in known if one <= width), default=known[0])
-    high = min((one for one in known if one >= width), default=known[-1])
-    share = 0.0 if low >= high else math.log(width / low) / math.log(high / low)
-    pairs = zip(_LLAMA_ALPHA[low], _LLAMA_ALPHA[high], strict=True)
-    attention, other = (start ** (1 - share) * end**share for start, end in pairs)
+    attention, other = llama_alphas(width)
     return {"*": other, "attention": attention}
 
 
