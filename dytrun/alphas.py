@@ -19,7 +19,5 @@ def llama_alphas(width: int) -> tuple[float, float]:
     low = max((one for one in known if one <= width), default=known[0])
     high = min((one for one in known if one >= width), default=known[-1])
     share = 0.0 if low >= high else math.log(width / low) / math.log(high / low)
-    attention, other = (
-        start ** (1 - share) * end**share for start, end in zip(_LLAMA[low], _LLAMA[high], strict=True)
-    )
+    attention, other = (start ** (1 - share) * end**share for start, end in zip(_LLAMA[low], _LLAMA[high], strict=True))
     return attention, other

@@ -11,7 +11,15 @@ from pydantic import BaseModel, Field, model_validator
 from dytrun.digest import file_digest, values_digest
 from dytrun.norm_config import STRICT, Count, NormConfig, PointWiseConfig, Positive
 from dytrun.subject_config import (
-    AnyData, AnyModel, DataConfig, Fraction, Slug, TextConfig, settled, text_problems, unbool,
+    AnyDataConfig,
+    AnyModelConfig,
+    DataConfig,
+    Fraction,
+    Slug,
+    TextConfig,
+    settled,
+    text_problems,
+    unbool,
 )  # fmt: skip
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -127,9 +135,9 @@ class RunConfig(BaseModel):
     """One training run, whole."""
 
     model_config = STRICT
-    model: AnyModel
+    model: AnyModelConfig
     norm: NormConfig
-    data: AnyData
+    data: AnyDataConfig
     augment: AugmentConfig
     optim: OptimConfig
     ema: EmaConfig
@@ -191,8 +199,8 @@ class RunConfig(BaseModel):
     def science(self) -> dict[str, Any]:
         """Everything that changes the result, as plain JSON values.
 
-        Where the data lies is no science, unless the data is known by nothing else (`data=folder`, a text). Of `init_from` it
-        is the content that counts.
+        Where the data lies is no science, unless the data is known by nothing else (`data=folder`, a text). Of
+        `init_from` it is the content that counts.
 
         Raises:
             UserError: `init_from` cannot be read.

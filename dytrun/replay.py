@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dytrun.agreement import Diverged
-from dytrun.batch import Batch
+from dytrun.batch import Batch, aligned
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import train_loss
 from dytrun.config import RunConfig
-from dytrun.data import RankShare, train_batches
+from dytrun.data import RankShare
 from dytrun.distributed import Place, all_sum, broadcast_tensors, from_first, gather
 from dytrun.engine import Surroundings
 from dytrun.errors import UserError
+from dytrun.feed import AnyData, train_feed
 from dytrun.optim import Plan
 from dytrun.records import write_json
-from dytrun.sources import Data, fingerprint_difference
+from dytrun.sources import fingerprint_difference
 
 _FOLDER = "diverged"
 # Of many parameters the ones with the largest gradients are shown.
@@ -60,7 +61,9 @@ def keep(directory: Path, model: nn.Module, around: Surroundings, error: Diverge
     return from_first(write)
 
 
-def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, Plan], place: Place) -> dict[str, Any]:
+def again(
+    config: RunConfig, directory: Path, data: AnyData, arm: tuple[nn.Module, Plan], place: Place
+) -> dict[str, Any]:
     """Do the kept step again, up to its gradients.
 
     Args:
@@ -100,7 +103,7 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
     loss, images = torch.zeros(()), []
     with _Watch(model) as watch:
         # One after the other: what the model draws is keyed when its micro-batch is handed over.
-        for batch in train_batches(config, data, share, place.device, 0):
+        for batch in train_feed(config, data, share, place.device, 0):
             loss += watch.backward(batch, config, plan.accumulation)
             images.append(batch.indices.tolist())
     grads = {name: all_sum(p.grad) / place.world for name, p in model.named_parameters() if p.grad is not None}
@@ -111,6 +114,7 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
     ranks = gather(mine)
     seen = {
         "step": step,
+        "unit": config.unit,
         "recorded": found["numbers"],
         "loss": sum(one["loss"] for one in ranks) / place.world,
         "grad_norm": math.sqrt(sum(norm**2 for norm in norms.values())),
@@ -161,7 +165,8 @@ class _Watch:
         """Add the gradients of one of a step's micro-batches; return its share of the loss."""
         loss = train_loss(self._model, batch, config) / accumulation
         loss.backward()
-        losses = F.cross_entropy(self._logits.float(), batch.targets, reduction="none")
+        losses = F.cross_entropy(*aligned(self._logits, batch.targets), reduction="none")
+        losses = losses.view(len(batch.indices), -1).sum(1)
         self.images += batch.indices[~torch.isfinite(losses).cpu()].tolist()
         return loss.detach().cpu()
 

@@ -40,7 +40,7 @@ class LlamaConfig(BaseModel):
     hidden: Count
     """Width between the linear layers of a feed-forward block."""
     embedding_scale: Annotated[Literal["auto", "on", "off"], unbool]
-    """Whether a learnable scalar follows the embedding, from the root of the width on; auto: if norms are point-wise."""
+    """Whether a learnable scalar, at first the root of the width, follows the embedding; auto: of point-wise norms."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "LlamaConfig":
@@ -88,10 +88,10 @@ def _kind(value: Any) -> str:
     return "llama" if name == "llama" else "timm"
 
 
-AnyModel = Annotated[
+AnyModelConfig = Annotated[
     Annotated[ModelConfig, Tag("timm")] | Annotated[LlamaConfig, Tag("llama")], Discriminator(_kind)
 ]  # fmt: skip
-AnyData = Annotated[DataConfig | TextConfig, Field(discriminator="name")]
+AnyDataConfig = Annotated[DataConfig | TextConfig, Field(discriminator="name")]
 
 
 def settled(values: Any) -> Any:
@@ -116,18 +116,23 @@ def settled(values: Any) -> Any:
 
 
 def text_problems(config: Any) -> list[str]:
-    """Say which parts of a run do not fit together because one is of text and another of images; `config` is a RunConfig."""
+    """Say which parts of a RunConfig do not fit together because one is of text and another of images."""
     is_llama, is_text = isinstance(config.model, LlamaConfig), isinstance(config.data, TextConfig)
     if is_llama != is_text:
-        model = "data=text takes a language model, say model=llama" if is_text else "model=llama reads text, say data=text"
+        model = (
+            "data=text takes a language model, say model=llama" if is_text else "model=llama reads text, say data=text"
+        )
         return [f"model, data: {model}"]
     if not is_text:
         return []
     augment, problems = config.augment, []
     if config.norm.name == "ln":
         problems.append("norm: model=llama has no LayerNorm to keep; its baseline is norm=rms")
-    if augment.scale or augment.rand_augment or augment.mixes or any(
-        (augment.hflip, augment.color_jitter, augment.erase_prob, augment.smoothing)
+    if (
+        augment.scale
+        or augment.rand_augment
+        or augment.mixes
+        or any((augment.hflip, augment.color_jitter, augment.erase_prob, augment.smoothing))
     ):
         problems.append("augment: text is not augmented; say augment=none")
     if config.machine.loader != "torch":
