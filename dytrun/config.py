@@ -303,7 +303,7 @@ class ReportConfig(BaseModel):
 
     model_config = STRICT
     dir: str
-    baseline: Slug
+    baseline: Slug | None
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     margin: Positive
     wandb: bool

@@ -38,6 +38,7 @@ class Arm:
     status: dict[str, int]
     top1: Sample | None
     ema_top1: Sample | None
+    val_loss: Sample | None
     top1_difference: Difference | None
     images_per_s: float | None
     """Median over the runs."""
@@ -62,16 +63,17 @@ class Pair:
     verdicts: list[str]
 
 
-def pair_runs(runs: Sequence[Run], baseline: str, confidence: float) -> tuple[list[Pair], list[str]]:
-    """Sort runs into pairs; say which comparisons are not made, and why."""
+def pair_runs(runs: Sequence[Run], asked: str | None, confidence: float) -> tuple[list[Pair], list[str]]:
+    """Sort runs into pairs; say which comparisons are not made, and why. `asked` is the norm of the baseline."""
     refused = []
-    if baseline not in (norms := sorted({run.result.norm for run in runs})):
-        refused.append(f"no run has norm={baseline}, the baseline; there are runs with {', '.join(norms)}")
+    if asked is not None and asked not in (norms := sorted({run.result.norm for run in runs})):
+        refused.append(f"no run has norm={asked}, the baseline; there are runs with {', '.join(norms)}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.result.pair_id, []).append(run)
     pairs = []
     for pair_id, members in sorted(groups.items()):
+        baseline = _baseline(members, asked)
         fingerprints = {run.result.data_fingerprint for run in members if run.result.data_fingerprint}
         if len(fingerprints) > 1:
             refused.append(
@@ -81,6 +83,16 @@ def pair_runs(runs: Sequence[Run], baseline: str, confidence: float) -> tuple[li
         pairs.append(_pair(pair_id, members, baseline, confidence))
         refused += _missing_twin(members, baseline, runs)
     return pairs, refused
+
+
+def _baseline(members: Sequence[Run], asked: str | None) -> str:
+    """Return the norm that the others of a pair are compared with: ln, else rms, else the first, if none is asked for.
+
+    A lone norm has no other to be compared with; it lacks the one that its model usually has.
+    """
+    norms = sorted({run.result.norm for run in members})
+    usual = "rms" if members[0].result.science["data"].get("name") == "text" else "ln"
+    return asked or next((one for one in ("ln", "rms") if one in norms), norms[0] if len(norms) > 1 else usual)
 
 
 def load_runs(directory: Path) -> tuple[list[Run], list[str]]:
@@ -114,7 +126,7 @@ def load_runs(directory: Path) -> tuple[list[Run], list[str]]:
 def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) -> Pair:
     by_arm: dict[str, list[Run]] = {}
     for run in members:
-        by_arm.setdefault(_label(run.result.science["norm"]), []).append(run)
+        by_arm.setdefault(_label(_told(run.result.science)), []).append(run)
     first = members[0].result
     # A norm with several settings is no baseline: it is not one arm.
     candidates = [label for label, runs in by_arm.items() if runs[0].result.norm == baseline]
@@ -124,7 +136,7 @@ def _pair(pair_id: str, members: list[Run], baseline: str, confidence: float) ->
     arms = [_arm(label, runs, [] if label == chosen else base, confidence) for label, runs in ordered]
     verdicts = _verdicts([arm for arm in arms if arm.label != chosen], str(chosen)) if base else []
     splits = {(run.result.ranks, run.result.machine.get("batch_per_rank")) for run in members if run.result.machine}
-    if verdicts and len(splits) > 1 and "mixup" in first.science["augment"]:
+    if verdicts and len(splits) > 1 and "mixup" in first.science.get("augment", {}):
         verdicts.append("Its runs split the batch differently over ranks or micro-batches, so images were mixed with "
                         "other partners: the arms differ in that too.")  # fmt: skip
     return Pair(pair_id, first.model, first.science["data"]["name"], arms, verdicts)
@@ -135,6 +147,7 @@ def _arm(label: str, runs: list[Run], base: list[Run], confidence: float) -> Arm
     ended = {result.seed: result for result in results if result.status == "finished" and result.top1 is not None}
     top1 = {seed: result.top1 for seed, result in ended.items() if result.top1 is not None}
     ema = [result.ema_top1 for result in ended.values() if result.ema_top1 is not None]
+    losses = [result.val_loss for result in ended.values() if result.val_loss is not None]
     base_top1 = {run.result.seed: run.result.top1 for run in base
                  if run.result.status == "finished" and run.result.top1 is not None}  # fmt: skip
     speed = _median([result.images_per_s for result in results])
@@ -147,6 +160,7 @@ def _arm(label: str, runs: list[Run], base: list[Run], confidence: float) -> Arm
         status={status: sum(result.status == status for result in results) for status in {r.status for r in results}},
         top1=sample(list(top1.values())) if top1 else None,
         ema_top1=sample(ema) if ema else None,
+        val_loss=sample(losses) if losses else None,
         top1_difference=paired_difference(top1, base_top1, confidence) if base else None,
         images_per_s=speed,
         speed_ratio=speed / base_speed if is_comparable and speed and base_speed else None,
@@ -212,6 +226,14 @@ def _published(results: Sequence[RunResult]) -> list[dict[str, Any]]:
         if result.published is not None and dict(result.published) not in found:
             found.append(dict(result.published))
     return found
+
+
+def _told(science: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a norm without the types that it replaces, where they are the only ones of the model."""
+    norm = dict(science["norm"])
+    if science["model"].get("name") == "llama" and norm.get("types") == ["rmsnorm"]:
+        del norm["types"]
+    return norm
 
 
 def _label(norm: Mapping[str, Any]) -> str:

@@ -97,8 +97,8 @@ def again(
     if found["data"] != data.facts:
         raise UserError(f"data_root: not the data of the run ({fingerprint_difference(found['data'], data.facts)})")
     model.load_state_dict(broadcast_tensors(kept[0] if kept else None, place.device))
-    share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, step,
-                      step + 1)  # fmt: skip
+    counts = plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch
+    share = RankShare(place.rank, place.world, *counts, step, step + 1)
     model.train()
     loss, images = torch.zeros(()), []
     with _Watch(model) as watch:
@@ -109,12 +109,10 @@ def again(
     grads = {name: all_sum(p.grad) / place.world for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: float(grad.norm()) for name, grad in grads.items()}
     worst = sorted(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf, reverse=True)
-    mine = {"rank": place.rank, "loss": float(loss), "images": images,
-            "images_not_finite": watch.images, "first_module": watch.module}  # fmt: skip
-    ranks = gather(mine)
+    ranks = gather({"rank": place.rank, "loss": float(loss), "images": images,
+                    "images_not_finite": watch.images, "first_module": watch.module})  # fmt: skip
     seen = {
         "step": step,
-        "unit": config.unit,
         "recorded": found["numbers"],
         "loss": sum(one["loss"] for one in ranks) / place.world,
         "grad_norm": math.sqrt(sum(norm**2 for norm in norms.values())),
@@ -165,9 +163,8 @@ class _Watch:
         """Add the gradients of one of a step's micro-batches; return its share of the loss."""
         loss = train_loss(self._model, batch, config) / accumulation
         loss.backward()
-        losses = F.cross_entropy(*aligned(self._logits, batch.targets), reduction="none")
-        losses = losses.view(len(batch.indices), -1).sum(1)
-        self.images += batch.indices[~torch.isfinite(losses).cpu()].tolist()
+        losses = F.cross_entropy(*aligned(self._logits, batch.targets), reduction="none").view(len(batch.indices), -1)
+        self.images += batch.indices[~torch.isfinite(losses).all(1).cpu()].tolist()
         return loss.detach().cpu()
 
     def _seer(self, name: str) -> Any:

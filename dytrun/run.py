@@ -195,7 +195,9 @@ def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
         data = load(config)
         model, _ = build_arm(config, data.num_classes)
         plan = optim.plan_steps(config, data.train.num, place.world)
-        found = replay.again(config, directory, data, (put_on(model, config, place.device), plan), place)
+        found = replay.again(config, directory, data, (put_on(model, config, place.device), plan), place) | {
+            "unit": config.unit
+        }
     return found if place.is_first else None
 
 
