@@ -34,7 +34,8 @@ def build_language_model(model: LlamaConfig, num_tokens: int, context: int, devi
     shape = Shape(
         vocab_size=num_tokens, hidden_size=model.width, intermediate_size=model.hidden, num_hidden_layers=model.depth,
         num_attention_heads=model.heads, num_key_value_heads=model.heads, max_position_embeddings=context,
-        rms_norm_eps=_EPS, initializer_range=model.width**-0.5, use_cache=False, tie_word_embeddings=False, pad_token_id=None, bos_token_id=None,
+        rms_norm_eps=_EPS, initializer_range=model.width**-0.5, use_cache=False, tie_word_embeddings=False,
+        pad_token_id=None, bos_token_id=None,
         eos_token_id=None,
     )  # fmt: skip
     with torch.device(device):
