@@ -179,15 +179,21 @@ def close_sweep(config: ReportConfig, num_runs: int) -> None:
 
 
 def show_report(config: ReportConfig) -> None:
-    """Make the report of a directory of runs and print its table; or show the runs as they go, and make none."""
+    """Make the report of a directory of runs and print its table, and in W&B if that is wanted; or show the
+    runs as they go, and make none.
+    """
     if config.watch:
         if config.wandb:
             raise UserError("watch, wandb: one shows the runs as they go, the other makes a report; say one of them")
         watch.watch(Path(config.dir))
         return
-    from dytrun import report  # it takes a second, and a run does without
+    from dytrun import dashboard, report  # it takes a second, and a run does without
 
+    place = dashboard.find(config) if config.wandb else None
     found = report.build(config)
     columns, rows = found.table()
     terminal.table(f"runs in {config.dir}", columns, rows, [*found.verdicts(), *found.remarks()])
     terminal.line(f"{config.dir}/report.html and report.json written")
+    if place is not None:
+        for line in dashboard.save(config, place, found):
+            terminal.line(line)

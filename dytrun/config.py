@@ -305,7 +305,7 @@ class ReportConfig(BaseModel):
     dir: str
     baseline: Slug | None
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
-    margin: Positive
+    margin: Annotated[float, Field(gt=0, lt=100)]
     wandb: bool
     project: Slug | None
     entity: Slug | None

@@ -1,181 +1,248 @@
-"""A report → one HTML file that needs no network: table, verdicts, curves."""
+"""A report → one HTML file that needs no network: a section for each pair, verdict first, and how to do it again.
 
-import html
+Whatever comes from a run is escaped; scripts run by their hash alone, so that nothing else on the page can.
+"""
+
+import base64
+import hashlib
+import json
 from collections.abc import Sequence
+from functools import cache
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-# Distinguishable with every kind of colour vision (Okabe and Ito); the baseline is the first.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#777777")
-_DASHES = ("solid", "dash", "dot", "dashdot")
-_TITLES = {"val/top1": "Validation top-1, %", "train/loss": "Training loss"}
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.verdict { font-size: 1.15rem; padding: .6rem 1rem; border-left: 4px solid #0072B2; background: var(--soft); }
-.chart { min-height: 440px; }
-"""
+from dytrun import __version__
+from dytrun.cost_figures import costs
+from dytrun.figures import Chart, Group, Look, alpha_sweeps, grouped, over_epochs
+from dytrun.markup import counted, figure, swatch, table
+from dytrun.pairs import Pair
+from dytrun.recipe import differences, recipes, told, value_at
+from dytrun.records import difference, whole_file
+from dytrun.runs import Run
+from dytrun.site_figures import DEEP, MIDDLE, SHALLOW, Depth, by_depth
+
+# Columns of the report's table that the heading of a section says already.
+_SAID_ABOVE = ("pair", "model", "data")
+# More reasons than these are folded away.
+_MOST_REASONS = 5
+# Settings that a heading names at most, and letters from which on a verdict is set smaller.
+_MOST_KEYS, _LONG = 3, 240
 
 
-class Curve(NamedTuple):
-    """One metric of one run over epochs."""
+class Section(NamedTuple):
+    """A pair and the report's own words on it."""
 
-    pair_id: str
-    title: str
-    arm: str
-    seed: int
-    metric: str
-    points: list[tuple[float, float]]
-
-
-class AlphaPoint(NamedTuple):
-    """Top-1 of an arm whose alphas start at `alpha_init`; None where every run of it diverged or failed."""
-
-    alpha_init: float
-    top1: float | None
-    std: float | None
+    pair: Pair
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """One an arm."""
+    remarks: Sequence[str]
 
 
-class AlphaSweep(NamedTuple):
-    """Arms that differ in alpha_init alone."""
+def write(path: Path, sections: Sequence[Section], runs: Sequence[Run], refused: Sequence[str]) -> None:
+    """Write the page whole or not at all.
 
-    title: str
-    points: list[AlphaPoint]
-    others: list[tuple[str, float]]
-    """Label and top-1 of the arms of the pair that have no alpha."""
-
-
-class Charts(NamedTuple):
-    """Everything that is drawn."""
-
-    sweeps: list[AlphaSweep]
-    curves: list[Curve]
-
-
-def write(
-    path: Path,
-    verdicts: Sequence[str],
-    table: tuple[Sequence[str], Sequence[Sequence[str]]],
-    remarks: Sequence[str],
-    charts: Charts,
-) -> None:
-    """Write the page whole or not at all."""
-    parts = [
-        "<h1>dytrun report</h1>",
-        *(f"<p class=verdict>{html.escape(verdict)}</p>" for verdict in verdicts),
-        '<div class=scroll tabindex=0 role=region aria-label="Table of results">',
-        _table(*table),
-        "</div>",
-        *(f"<p>{html.escape(remark)}</p>" for remark in remarks),
-        *(part for sweep in charts.sweeps for part in _alpha_chart(sweep)),
-        *_charts(charts.curves),
+    Raises:
+        OSError: it cannot be written.
+    """
+    charts: list[Chart] = []
+    groups = [grouped(section.pair, runs) for section in sections]
+    titles = _titles(sections, groups)
+    several = f", {len(sections)} comparisons" if len(sections) > 1 else ""
+    body = [
+        "<a class=skip href=#main>To the results</a>",
+        f"<header><h1>dytrun report: {counted(len(runs), 'run')}{several}</h1>",
+        _contents(sections, titles),
+        "</header><main id=main tabindex=-1>",
+        "<noscript><p>The charts need JavaScript. The table of numbers under each is there without it.</p></noscript>",
+        *(_section(sections[number], titles[number], number, own, charts) for number, own in enumerate(groups)),
+        _refusals(refused),
+        f"</main><footer class=quiet>Made by dytrun {__version__} from metrics.jsonl, result.json, config.json and "
+        "starts.jsonl of each run. The same numbers: report.json.</footer>",
     ]
-    text = (
-        "<!doctype html>\n<html lang=en>\n<head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1"><title>dytrun report</title>'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+    with whole_file(path) as file:
+        file.write(_document("\n".join(body), charts).encode())
+
+
+def _document(body: str, charts: Sequence[Chart]) -> str:
+    """Put the page together. The policy lets our two scripts run, by their hashes, and no connection be made."""
+    assets = files("dytrun").joinpath("assets")
+    style, script = (assets.joinpath(name).read_text() for name in ("page.css", "page.js"))
+    plotly = _plotly()
+    hashes = " ".join(f"'sha256-{_hash(text)}'" for text in (plotly, script))
+    figures = json.dumps([{"data": chart.data, "layout": chart.layout} for chart in charts], separators=(",", ":"))
+    # "<" in a string could end the element early; as \u003c it is the same string.
+    figures = figures.replace("<", "\\u003c")
+    return (
+        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
+        f"<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; script-src {hashes}; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'\">\n"
+        '<meta name=viewport content="width=device-width, initial-scale=1">\n<title>dytrun report</title>\n'
+        f"<style>{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<script id=charts type=application/json>{figures}</script>\n"
+        f"<script>{plotly}</script>\n<script>{script}</script>\n</body>\n</html>\n"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+@cache
+def _plotly() -> str:
+    return get_plotlyjs().replace("\r\n", "\n")
 
 
-def _charts(curves: list[Curve]) -> list[str]:
-    charts = []
-    for pair_id in dict.fromkeys(curve.pair_id for curve in curves):
-        own = [curve for curve in curves if curve.pair_id == pair_id]
-        charts.append(f"<h2>{html.escape(own[0].title)} (pair {pair_id})</h2>")
-        for metric, title in _TITLES.items():
-            figure = _figure([curve for curve in own if curve.metric == metric], title)
-            charts.append(_chart(figure, f"{title} over epochs, one line a run"))
-    return charts
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _alpha_chart(sweep: AlphaSweep) -> list[str]:
-    """Draw top-1 against alpha_init, with what has no alpha as level lines, and diverged arms at the foot."""
-    figure = go.Figure()
-    known = [point for point in sweep.points if point.top1 is not None]
-    figure.add_scatter(
-        x=[point.alpha_init for point in known],
-        y=[point.top1 for point in known],
-        error_y={"type": "data", "array": [point.std or 0 for point in known]},
-        mode="lines+markers",
-        name="top-1",
-        line={"color": _COLOURS[1]},
+def _contents(sections: Sequence[Section], titles: Sequence[str]) -> str:
+    if len(sections) < 2:
+        return ""
+    items = "".join(
+        f"<li><a href=#pair-{number}>{escape(title)}</a>: {escape(_verdict(section.pair))}</li>"
+        for number, (section, title) in enumerate(zip(sections, titles, strict=True))
     )
-    lost = [point.alpha_init for point in sweep.points if point.top1 is None]
-    if lost:
-        figure.add_scatter(
-            x=lost, y=[min((point.top1 or 0 for point in known), default=0)] * len(lost), mode="markers+text",
-            text=["diverged"] * len(lost), textposition="top center", name="diverged or failed",
-            marker={"symbol": "x", "size": 12, "color": _COLOURS[3]},
-        )  # fmt: skip
-    for number, (label, top1) in enumerate(sweep.others):
-        colour = _COLOURS[(0, *range(4, len(_COLOURS)))[number % 5]]
-        figure.add_hline(y=top1, line={"color": colour, "dash": "dash"}, annotation_text=label)
-    ticks = [point.alpha_init for point in sweep.points]
-    _lay_out(figure, "Validation top-1, %, against alpha_init", "alpha_init")
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-    said = "; ".join(f"{point.alpha_init:g}: " + (f"{point.top1:.2f}" if point.top1 is not None else "diverged")
-                     for point in sweep.points)  # fmt: skip
-    return [f"<h2>{html.escape(sweep.title)}</h2>", _chart(figure, f"Top-1 in percent against alpha_init: {said}")]
+    return f'<nav aria-label="Comparisons"><ol>{items}</ol></nav>'
 
 
-def _chart(figure: go.Figure, said: str) -> str:
-    """Return a figure as HTML, with what a screen reader says of it."""
-    drawn = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+def _titles(sections: Sequence[Section], groups: Sequence[Sequence[Group]]) -> list[str]:
+    """Name each comparison by its norms, model and data, and by what else keeps it apart from the others."""
+    sciences = [own[0].runs[0].result.science for own in groups]
+    keys = dict.fromkeys(key for science in sciences[1:] for key, _, _ in difference(sciences[0], science)
+                         if not key.startswith(("norm.", "model.", "data.")))  # fmt: skip
+    names = []
+    for section, science in zip(sections, sciences, strict=True):
+        found = [f"{key}={told(value_at(science, key))}" for key in list(keys)[:_MOST_KEYS]]
+        names.append(", ".join([_name(section.pair), *found]))
+    return [f"{name} ({section.pair.pair_id})" if names.count(name) > 1 else name
+            for name, section in zip(names, sections, strict=True)]  # fmt: skip
+
+
+def _section(section: Section, title: str, number: int, groups: Sequence[Group], charts: list[Chart]) -> str:
+    """Return a pair's part of the page; its charts are added to `charts`."""
+    pair, depth, place = section.pair, by_depth(groups), f"pair-{number}"
+    kind = "none" if not pair.verdicts else "long" if len(pair.verdict) > _LONG else ""
+    remarks = _list([*_more(pair), *section.remarks])
+    parts = [
+        f"<section aria-labelledby={place}{' class=first' if not number else ''}>",
+        f"<h2 id={place}>{escape(title)}</h2>",
+        f"<p class=quiet>{escape(_facts(groups))}</p>",
+        f'<p class="verdict {kind}">{escape(_verdict(pair))}</p>',
+        _results(section, title, groups),
+        remarks,
+        _part("Over the epochs", _arms(groups) + _charts(over_epochs(groups), charts)),
+        _part("Where alpha starts", _charts(alpha_sweeps(groups), charts)),
+        _part("The norms by depth", _ramp(depth) + _charts(depth.charts, charts) if depth else ""),
+        _part("Speed and memory", _charts(costs(groups), charts)),
+        _part("Reproduce", differences(groups, title) + recipes(groups)),
+        "</section>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _part(title: str, content: str) -> str:
+    return f"<h3>{title}</h3>\n{content}" if content else ""
+
+
+def _name(pair: Pair) -> str:
+    norms = list(dict.fromkeys(arm.label.partition(" ")[0] for arm in pair.arms))
+    against = " and ".join([", ".join(norms[:-1]), norms[-1]]) if len(norms) > 1 else norms[0]
+    return f"{against}: {pair.model} on {pair.data}"
+
+
+def _verdict(pair: Pair) -> str:
+    return pair.verdict or "Nothing was compared here: these runs have no counterpart with the baseline's norm."
+
+
+def _more(pair: Pair) -> list[str]:
+    """Return what is said of each arm, where the verdict on the pair does not say it all."""
+    return [text for text in pair.verdicts if text != pair.verdict and pair.verdict != " ".join(pair.verdicts)]
+
+
+def _list(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul class=remarks>{items}</ul>" if lines else ""
+
+
+def _facts(groups: Sequence[Group]) -> str:
+    """Say what was compared: arms, seeds, epochs, days, and which comparison this is."""
+    runs = [run for group in groups for run in group.runs]
+    seeds = sorted({len({run.result.seed for run in group.runs}) for group in groups})
+    epochs = sorted({run.result.epochs for run in runs})
+    words = [
+        counted(len(groups), "arm"),
+        counted(seeds[0], "seed") + " each" * (len(groups) > 1)
+        if len(seeds) == 1
+        else f"{seeds[0]} to {seeds[-1]} seeds",
+        " or ".join(counted(number, "epoch") for number in epochs),
+        *([f"started {days}"] if (days := _days(runs)) else []),
+        f"pair {runs[0].result.pair_id}",
+    ]
+    return " · ".join(words)
+
+
+def _days(runs: Sequence[Run]) -> str:
+    days = sorted({run.started[:10] for run in runs if run.started})
+    return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
+
+
+def _results(section: Section, title: str, groups: Sequence[Group]) -> str:
+    """Return the table: an arm a row, its line's look beside its name."""
+    kept = [number for number, name in enumerate(section.columns) if name not in _SAID_ABOVE]
+    first = section.columns.index("norm")
+    kept = [first, *(number for number in kept if number != first)]
+    drawn = table(
+        [section.columns[number] for number in kept],
+        [[row[number] for number in kept] for row in section.rows],
+        "Results, an arm a row",
+        [swatch(group.look) for group in groups],
     )
-    return f'<div class=chart role=img aria-label="{html.escape(said)}">{drawn}</div>'
+    label = escape(f"Results, {title}")
+    return f'<div class=scroll tabindex=0 role=region aria-label="{label}">{drawn}</div>'
 
 
-def _figure(curves: list[Curve], title: str) -> go.Figure:
-    arms = list(dict.fromkeys(curve.arm for curve in curves))
-    figure = go.Figure()
-    for curve in curves:
-        number = arms.index(curve.arm)
-        seeds = sorted({other.seed for other in curves if other.arm == curve.arm})
-        figure.add_scatter(
-            x=[x for x, _ in curve.points],
-            y=[y for _, y in curve.points],
-            mode="lines",
-            name=f"{curve.arm}, seed {curve.seed}",
-            legendgroup=curve.arm,
-            line={
-                "color": _COLOURS[number % len(_COLOURS)],
-                "dash": _DASHES[(seeds.index(curve.seed) + number // len(_COLOURS)) % len(_DASHES)],
-            },
-        )
-    _lay_out(figure, title, "epoch")
-    return figure
-
-
-def _lay_out(figure: go.Figure, title: str, x_title: str) -> None:
-    figure.update_layout(
-        title=title,
-        xaxis_title=x_title,
-        height=440,
-        margin={"l": 60, "r": 20, "t": 50, "b": 90},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#888"},
-        hovermode="x unified",
-        legend={"orientation": "h", "yanchor": "top", "y": -0.18},
+def _arms(groups: Sequence[Group]) -> str:
+    """Return the legend of all charts of a pair: boxes that show and hide an arm."""
+    if len(groups) < 2:
+        return ""
+    boxes = "".join(
+        f"<label><input type=checkbox checked data-arm={group.number}>{swatch(group.look)}{escape(group.arm.label)}"
+        "</label>"
+        for group in groups
     )
-    figure.update_xaxes(gridcolor="#8884", zeroline=False)
-    figure.update_yaxes(gridcolor="#8884", zeroline=False)
+    return f"<fieldset class=arms><legend>Show</legend>{boxes}</fieldset>"
+
+
+def _ramp(depth: Depth) -> str:
+    """Return the legend of the charts that have a line a site."""
+    colours = ", ".join(f"rgb{colour}" for colour in (SHALLOW, MIDDLE, DEEP))
+    kinds = "; ".join(f"{_line(dash)} {escape(kind)}" for kind, dash in depth.kinds)
+    ramp = f"<span class=ramp style='background:linear-gradient(90deg,{colours})'></span>"
+    return (
+        "<p class='quiet charts-legend'>In the charts with a line a site, the colour is the depth, "
+        f"{escape(depth.ends[0])} {ramp} {escape(depth.ends[1])}, and the dash the kind of site: {kinds}. "
+        "All arms have the same scale.</p>"
+    )
+
+
+def _line(dash: str) -> str:
+    return swatch(Look("currentColor", dash, ""))
+
+
+def _charts(new: Sequence[Chart], charts: list[Chart]) -> str:
+    if not new:
+        return ""
+    drawn = "\n".join(figure(chart, len(charts) + number) for number, chart in enumerate(new))
+    charts += new
+    return f'<div class="charts{" few" if len(new) == 1 else ""}">\n{drawn}\n</div>'
+
+
+def _refusals(refused: Sequence[str]) -> str:
+    if not refused:
+        return ""
+    reasons = _list(refused)
+    if len(refused) > _MOST_REASONS:
+        reasons = f"<details><summary>{len(refused)} reasons</summary>{reasons}</details>"
+    return f"<section aria-labelledby=not-compared><h2 id=not-compared>Not compared</h2>{reasons}</section>"

@@ -1,32 +1,38 @@
 """A directory of runs → table, verdicts, JSON and page."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dytrun import page
 from dytrun.config import ReportConfig
-from dytrun.pairs import Arm, Pair, Run, load_runs, pair_runs
+from dytrun.contrast import Arm, Rule
+from dytrun.pairs import Pair, pair_runs
 from dytrun.records import write_json
-from dytrun.stats import Sample
+from dytrun.runs import load_runs
+from dytrun.stats import Difference, Sample
+from dytrun.verdict import p_value
 
 # From this share of waiting on, a speed says more about the loader than about the norm.
 _DATA_BOUND = 0.1
 
 COLUMNS = (
-    "pair", "model", "data", "norm", "n", "top-1 %", "published %", "difference to baseline", "EMA top-1 %", "loss",
-    "images/s", "× baseline", "peak GiB", "data wait", "norm implementation",
+    "pair", "model", "data", "norm", "n", "top-1 %", "published %", "difference to baseline", "p (Holm)",
+    "equal within margin", "over images", "EMA top-1 %", "loss", "images/s", "× baseline", "peak GiB",
+    "data wait", "norm implementation",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a directory of runs says."""
+    """What a directory of runs says; report.json is its fields."""
 
     directory: str
     baseline: str | None
     """As it was asked for."""
     confidence: float
+    margin: float
+    """Points of top-1 within which two arms count as equal."""
     pairs: list[Pair]
     refused: list[str]
     """Comparisons that were not made, and why."""
@@ -35,12 +41,13 @@ class Report:
         """Return the table's columns and rows; a column in which no row has anything is left out."""
         rows = [_row(pair, arm) for pair in self.pairs for arm in pair.arms]
         used = [number for number in range(len(COLUMNS)) if any(row[number] not in ("", "–") for row in rows)]
-        return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in rows]
+        names = [name.replace("margin", f"±{self.margin:g}") for name in COLUMNS]
+        return [names[number] for number in used], [[row[number] for number in used] for row in rows]
 
     def verdicts(self) -> list[str]:
-        """Return a sentence for each arm that was compared with the baseline."""
-        return [f"{pair.model} on {pair.data} (pair {pair.pair_id}): {_named(pair, verdict)}" for pair in self.pairs
-                for verdict in pair.verdicts]  # fmt: skip
+        """Return what each pair says, and then each of its arms, where that is more."""
+        return [f"{pair.model} on {pair.data} (pair {pair.pair_id}): {verdict}" for pair in self.pairs if pair.verdicts
+                for verdict in _without_repeats(pair)]  # fmt: skip
 
     def remarks(self) -> list[str]:
         """Return what belongs under the table: where speeds were measured, and what was not compared."""
@@ -67,27 +74,24 @@ def build(config: ReportConfig) -> Report:
     """
     directory = Path(config.dir)
     runs, refused = load_runs(directory)
-    pairs, not_made = pair_runs(runs, config.baseline, config.confidence)
+    pairs, not_made = pair_runs(runs, config.baseline, Rule(config.confidence, config.margin))
     refused += not_made
-    report = Report(config.dir, config.baseline, config.confidence, pairs, refused)
+    report = Report(config.dir, config.baseline, config.confidence, config.margin, pairs, refused)
     write_json(directory / "report.json", asdict(report))
-    charts = page.Charts(_alpha_sweeps(pairs), _curves(pairs, runs))
-    page.write(directory / "report.html", report.verdicts(), report.table(), report.remarks(), charts)
+    alone = [replace(report, pairs=[pair], refused=[]) for pair in pairs]
+    sections = [page.Section(one.pairs[0], *one.table(), one.remarks()) for one in alone]
+    page.write(directory / "report.html", sections, runs, refused)
     return report
 
 
-def _named(pair: Pair, verdict: str) -> str:
-    """Say what top-1 is of a text."""
-    return verdict.replace("top-1", "next-byte top-1") if pair.data == "text" else verdict
+def _without_repeats(pair: Pair) -> list[str]:
+    """Return the verdict on a pair, unless the one on its only arm begins with it, and the verdicts on its arms."""
+    is_in_first = pair.verdicts[0].startswith(pair.verdict)
+    return pair.verdicts if is_in_first else [pair.verdict, *pair.verdicts]
 
 
 def _row(pair: Pair, arm: Arm) -> list[str]:
     found = arm.top1_difference
-    gap = "" if found is None else f"{found.mean:+.2f}"
-    if found is not None and found.low is not None:
-        gap += f" [{found.low:+.2f}, {found.high:+.2f}]"
-    elif found is not None:
-        gap += f" (n = {found.n})"
     unfinished = ", ".join(f"{count} {status}" for status, count in sorted(arm.status.items()) if status != "finished")
     return [
         pair.pair_id,
@@ -97,7 +101,10 @@ def _row(pair: Pair, arm: Arm) -> list[str]:
         str(arm.top1.n if arm.top1 else 0) + (f" ({unfinished})" if unfinished else ""),
         _spread(arm.top1),
         _expected(arm),
-        gap,
+        _gap(found),
+        _p(found.p_holm) if found else "",
+        _same(arm),
+        _over_images(arm),
         _spread(arm.ema_top1),
         _spread(arm.val_loss, 4) if pair.data == "text" else "",
         f"{arm.images_per_s:,.0f}" if arm.images_per_s else "–",
@@ -106,6 +113,38 @@ def _row(pair: Pair, arm: Arm) -> list[str]:
         f"{100 * arm.data_wait_frac:.0f} %" if arm.data_wait_frac is not None else "–",
         "; ".join(arm.norm_impl),
     ]
+
+
+def _gap(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:+.2f}" + (_ends(found.low, found.high) or f" (n = {found.n})")
+
+
+def _same(arm: Arm) -> str:
+    """Say whether two one-sided tests show an arm equal to the baseline."""
+    found = arm.equivalence
+    if found is None:
+        return ""
+    p = found.p if found.p_holm is None else found.p_holm
+    return f"yes, {p_value(p)}" if found.is_equal else "not shown"
+
+
+def _over_images(arm: Arm) -> str:
+    """Return the interval over images, and McNemar's p where there is one pair of runs."""
+    found = arm.images
+    if found is None:
+        return ""
+    said = [_ends(found.low, found.high).strip() or "too few differ", *([p_value(p)] if (p := found.p_holm) else [])]
+    return ", ".join(said)
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else p_value(p).removeprefix("p").removeprefix(" = ").strip()
 
 
 def _expected(arm: Arm) -> str:
@@ -124,37 +163,6 @@ def _footnotes(arms: Sequence[Arm]) -> list[str]:
         text += f". * The runs have another recipe: {'; '.join(expected['differs'])}" if expected["differs"] else ""
         lines.append(text)
     return list(dict.fromkeys(lines))
-
-
-def _alpha_sweeps(pairs: Sequence[Pair]) -> list[page.AlphaSweep]:
-    """Find arms that differ in alpha_init alone: two or more of them are a sweep."""
-    sweeps = []
-    for pair in pairs:
-        groups: dict[str, list[Arm]] = {}
-        for arm in pair.arms:
-            if arm.alpha_init is not None:
-                groups.setdefault(arm.label.replace(f" alpha_init={arm.alpha_init:g}", ""), []).append(arm)
-        base = [(arm.label, arm.top1.mean) for arm in pair.arms if arm.alpha_init is None and arm.top1 is not None]
-        for label, arms in groups.items():
-            if len({arm.alpha_init for arm in arms}) > 1:
-                points = [page.AlphaPoint(arm.alpha_init or 0.0, arm.top1.mean if arm.top1 else None,
-                                          arm.top1.std if arm.top1 else None) for arm in arms]  # fmt: skip
-                title = f"{pair.model} on {pair.data} (pair {pair.pair_id}): {label}"
-                sweeps.append(page.AlphaSweep(title, sorted(points), base))
-    return sweeps
-
-
-def _curves(pairs: list[Pair], runs: list[Run]) -> list[page.Curve]:
-    by_name = {run.name: run for run in runs}
-    curves = []
-    for pair in pairs:
-        for arm in pair.arms:
-            for run in (by_name[name] for name in arm.runs):
-                for metric in ("val/top1", "train/loss"):
-                    points = [(line["epoch"], line[metric]) for line in run.records if line.get(metric) is not None]
-                    curves.append(page.Curve(pair.pair_id, f"{pair.model} on {pair.data}", arm.label,
-                                             run.result.seed, metric, points))  # fmt: skip
-    return curves
 
 
 def _spread(found: Sample | None, digits: int = 2) -> str:

@@ -188,7 +188,9 @@ def accuracies(title: str, rows: Mapping[str, Accuracy], counted: str = "images"
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
     """Print a table and the notes below it."""
-    drawn = Table(*columns, title=title, title_justify="left")
+    drawn = Table(title=title, title_justify="left")
+    for name in columns:
+        drawn.add_column(name, overflow="fold")  # what is cut off may be what two rows differ in
     for row in rows:
         drawn.add_row(*row)
     console().print(drawn)

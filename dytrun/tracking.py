@@ -16,8 +16,9 @@ from typing import NamedTuple
 from dytrun.config import RunConfig
 from dytrun.errors import UserError, first_line
 from dytrun.journal import Journal, cut_back
-from dytrun.records import Position, Record, RunResult, to_json_line
-from dytrun.wandb_link import Link, abandon, open_link
+from dytrun.records import Position, Record, RunResult, to_json_line, whole_lines
+from dytrun.wandb_link import Link, open_link
+from dytrun.wandb_reach import abandon
 
 # Seconds that a run may wait for W&B: at its start, at its end, and at its end when it was told to stop.
 _START_TIMEOUT_S = 5.0
@@ -96,7 +97,11 @@ class Tracker:
             if link is not None:
                 self._notes.put(link.note)
                 self._is_open.set()
-                self._feed(link, old_lines)
+                end = self._feed(link, old_lines)
+                try:
+                    link.close(end.result, end.in_haste)
+                except TimeoutError:
+                    self._start_over(config, run_dir, end)
         except UserError as error:
             self._refusal = error
         except Exception as error:
@@ -104,14 +109,24 @@ class Tracker:
         finally:
             self._is_open.set()
 
-    def _feed(self, link: Link, old_lines: list[str]) -> None:
+    def _feed(self, link: Link, old_lines: list[str]) -> _End:
         for number, line in enumerate(old_lines):
             link.log(number, _values(line))
         number = len(old_lines)
         while not isinstance(item := self._queue.get(), _End):
             link.log(number, _values(item))
             number += 1
-        link.close(item.result, item.in_haste)
+        return item
+
+    def _start_over(self, config: RunConfig, run_dir: Path, end: _End) -> None:
+        """Bring W&B what its server did not take in time: the rest if it is back, else all of it as an offline run."""
+        abandon(at_once=True)
+        link = open_link(config, run_dir)
+        if link is not None:
+            self._notes.put(f"W&B's server did not take all of the run. {link.note}")
+            for number, line in enumerate(whole_lines(run_dir / "metrics.jsonl")):
+                link.log(number, _values(line))
+            link.close(end.result, end.in_haste)
 
 
 def _values(line: str) -> dict[str, float]:

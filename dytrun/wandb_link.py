@@ -1,5 +1,4 @@
-"""How a run is opened in Weights & Biases, and what W&B has of it already; with wandb_log the only file that
-imports wandb.
+"""How a run is opened in Weights & Biases, what it is called there, and what W&B has of it already.
 
 Record n of metrics.jsonl is W&B's history step n. Who has which rows:
 
@@ -13,39 +12,35 @@ Record n of metrics.jsonl is W&B's history step n. Who has which rows:
 """
 
 import contextlib
-import http.client
 import json
-import netrc
-import os
+import math
 import secrets
 import shlex
 import shutil
-import signal
-import ssl
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 from dytrun.config import RunConfig, TrackingConfig
 from dytrun.errors import UserError, first_line
+from dytrun.labels import arm_label, pair_label, run_label
 from dytrun.records import AXES, RunResult, Table, write_json
+from dytrun.site_chart import PREFIX, SiteChart
 from dytrun.wandb_log import log_of, rows_in
+from dytrun.wandb_reach import abandon, choose_mode, library, settings
 
-_PROBE_TIMEOUT_S = 2.0
-_INIT_TIMEOUT_S = 10.0
-_FINISH_TIMEOUT_S = 60.0
 _FLUSH_S = 5.0
 _SUMMARY = (
     "status", "top1", "top5", "ema_top1", "ema_top5", "best_top1", "best_epoch", "images_per_s", "step_ms_p50",
     "step_ms_p95", "data_wait_frac", "peak_mem_gib", "num_params", "num_norm_sites", "norm_impl", "device",
 )  # fmt: skip
-_BETTER = {"val/top1": "max", "val/top5": "max", "ema/top1": "max", "ema/top5": "max", "val/loss": "min"}
+_MOST_TAG_CHARS = 64
+_CHART = "sites/over steps"
+# Shown above a run's notes.
+_PINNED = ("arm", "seed", "comparison", "directory")
+_BETTER = {"val/top1": max, "val/top5": max, "ema/top1": max, "ema/top5": max, "val/loss": min}
 
 
 @dataclass
@@ -61,12 +56,43 @@ class Link:
     run_id: str
     part: Path | None
     """The transaction log of an offline run."""
+    chart: SiteChart
+    _last: dict[str, float] | None = None
+    """The newest record that W&B got here; its row is still open."""
+    _hidden: set[str] = field(default_factory=set)
+    _best: dict[str, float] = field(default_factory=dict)
+    """Of all records. W&B's own summary="max" knows only those since the last start."""
+    _told: dict[str, float] = field(default_factory=dict)
 
     def log(self, number: int, values: dict[str, float]) -> None:
-        """Hand record `number` to W&B, unless W&B has it."""
-        if number >= self.known_rows:
-            self.run.log(values, step=number)
-            self.known_rows = number + 1
+        """Hand record `number` to W&B, unless W&B has it; every record is to pass here, in order."""
+        self.chart.add(values)
+        for name in _BETTER.keys() & values.keys():
+            if math.isfinite(values[name]):
+                best = f"best/{name}"
+                self._best[best] = _BETTER[name](values[name], self._best.get(best, values[name]))
+        if number < self.known_rows:
+            return
+        for name in values.keys() - self._hidden:
+            if name.startswith(PREFIX):
+                # A panel each, of some dozens, hides the others. The chart has them all; whoever wants one adds it.
+                self.run.define_metric(name, step_metric="step", hidden=True)
+                self._hidden.add(name)
+        self.run.log(values, step=number)
+        self.known_rows, self._last = number + 1, values
+        if self._told != self._best:
+            self._told = dict(self._best)
+            self.run.summary.update(self._told)
+        if self.chart.is_due(values):
+            self._draw(values)
+
+    def _draw(self, values: dict[str, float]) -> None:
+        """Put the chart of all sites into the last record's row, which stays open until the next one comes."""
+        from wandb import Plotly
+
+        # It is a file, and a full disk has no room for it; whether there is any for the records is seen at the end.
+        with contextlib.suppress(OSError):
+            self.run.log({_CHART: Plotly(self.chart.draw(values))}, step=self.known_rows - 1)
 
     def close(self, result: RunResult | None, in_haste: bool) -> None:
         """Finish the run; W&B gets the result as its summary.
@@ -75,6 +101,8 @@ class Link:
             TimeoutError: the server did not take all within a minute.
             OSError: the offline part is not whole, as when the disk was full.
         """
+        if self._last is not None and self.chart.is_stale and not in_haste:
+            self._draw(self._last)
         if result is not None:
             self.run.summary.update({name: getattr(result, name) for name in _SUMMARY})
         if in_haste:
@@ -93,25 +121,6 @@ class Link:
                 return False
             time.sleep(0.05)
         return True
-
-
-def choose_mode(tracking: TrackingConfig) -> tuple[str, str]:
-    """Return (online, offline or off; why): online needs a key and a server that answers within two seconds.
-
-    The environment's WANDB_MODE decides where `tracking.mode=auto`.
-    """
-    if tracking.mode != "auto":
-        return tracking.mode, f"tracking.mode={tracking.mode}"
-    wanted = os.environ.get("WANDB_MODE")
-    if wanted in ("online", "offline", "disabled"):
-        return ("off" if wanted == "disabled" else wanted), f"WANDB_MODE={wanted}"
-    wandb = _library()
-    settings = wandb.setup().settings
-    host = urlsplit(settings.base_url).hostname or ""
-    if not _has_key(host, settings.api_key):
-        return "offline", "no API key (wandb login)"
-    silence = _silence(settings.base_url)
-    return ("offline", f"{host} is out of reach ({silence})") if silence else ("online", "")
 
 
 def open_link(config: RunConfig, run_dir: Path) -> Link | None:
@@ -148,12 +157,14 @@ def open_link(config: RunConfig, run_dir: Path) -> Link | None:
         if not list(part.glob("*.wandb.synced")):
             shutil.rmtree(part, ignore_errors=True)
     _define_axes(run)
+    run.pin_config_keys(_PINNED)
+    chart = SiteChart(config.epochs)
     if mode == "online":
-        return Link(run, known, f"W&B: {run.url}", state, run_id, None)
+        return Link(run, known, f"W&B: {run.url}", state, run_id, None, chart)
     folder = Path(run.dir).parent
     quoted = shlex.quote(str(folder))
     note = f"W&B offline: {why}. See it: wandb leet {quoted}  Upload it: wandb sync {quoted}"
-    return Link(run, known, note, state, run_id, log_of(folder, run.id))
+    return Link(run, known, note, state, run_id, log_of(folder, run.id), chart)
 
 
 def log_once(
@@ -180,7 +191,7 @@ def log_once(
     mode, _ = choose_mode(tracking)
     if mode == "off":
         return
-    wandb = _library()
+    wandb = library()
     try:
         run = wandb.init(
             project=tracking.project,
@@ -192,7 +203,7 @@ def log_once(
             dir=str(file.parent),
             mode=mode,
             config={name: value for name, value in values.items() if not isinstance(value, list)},
-            settings=_settings(wandb),
+            settings=settings(wandb),
         )
         try:
             for table in tables:
@@ -207,58 +218,25 @@ def log_once(
         raise UserError(f"tracking.mode: W&B did not take it ({first_line(error)}); it is in {file}") from error
 
 
-def abandon(at_once: bool) -> None:
-    """Give up W&B's service process and everything that it still has to do; `at_once` without asking it."""
-    if at_once:
-        for pid in _service_processes():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-    import wandb
-
-    # Else wandb's own exit hook waits for a process that may never be done. It exits with the service's code.
-    with contextlib.suppress(Exception, SystemExit):
-        wandb.teardown()
-
-
-def _library() -> Any:
-    """Import wandb: a second that a run without W&B need not pay."""
-    # Its reports of itself go to the same server, and hold up the end of the process if that is dead.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True))  # or it tells standard error where it has found a key
-    return wandb
-
-
 def _init(config: RunConfig, run_dir: Path, run_id: str, mode: str) -> Any:
-    tracking, wandb = config.tracking, _library()
+    tracking, wandb, science, pair_id = config.tracking, library(), config.science(), config.pair_id
+    comparison = pair_label(science, pair_id)
     return wandb.init(
         project=tracking.project,
         entity=tracking.entity,
-        group=tracking.group or config.pair_id,
-        name=config.run_name,
+        group=tracking.group or comparison,
+        name=run_label(science),
         id=run_id,
         resume="allow",
         job_type="train",
-        tags=[config.model.name, config.norm.name, config.data.name, *tracking.tags],
+        tags=[config.model.name[:_MOST_TAG_CHARS], config.norm.name, config.data.name, *tracking.tags],
         dir=str(run_dir),
         mode=mode,
-        config=config.science() | {"machine": config.machine.model_dump(mode="json"), "pair_id": config.pair_id},
-        settings=_settings(wandb),
-    )
-
-
-def _settings(wandb: Any) -> Any:
-    """Nothing of the command line, the environment or the code goes to a server unasked: a key may be in it."""
-    return wandb.Settings(
-        init_timeout=_INIT_TIMEOUT_S,
-        finish_timeout=_FINISH_TIMEOUT_S,
-        finish_timeout_raises=True,
-        x_disable_meta=True,
-        disable_git=True,
-        save_code=False,
-        console="off",
-        silent=True,
+        # Nested, so that a column is called as the key is typed: norm.name, norm.alpha_init, model.name, seed.
+        config=science
+        | {"machine": config.machine.model_dump(mode="json"), "pair_id": pair_id, "comparison": comparison}
+        | {"arm": arm_label(science), "directory": config.run_name},
+        settings=settings(wandb),
     )
 
 
@@ -266,41 +244,6 @@ def _define_axes(run: Any) -> None:
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     run.define_metric("*", step_metric="step")
-    for name, summary in _BETTER.items():
-        run.define_metric(name, step_metric="step", summary=f"{summary},last")
-
-
-def _has_key(host: str, key: str | None) -> bool:
-    if key or os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _silence(url: str) -> str:
-    """Return why a server does not count as alive, or an empty text; asked by way of the user's proxy, if any.
-
-    A thread asks, because a time-out of urllib is one of each read: a server could send a byte a second.
-    """
-    found: list[str] = []
-
-    def ask() -> None:
-        try:
-            urlopen(url, timeout=_PROBE_TIMEOUT_S).close()
-            found.append("")
-        except HTTPError as error:
-            found.append(f"it answers {error.code}" if error.code >= 500 else "")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # Which certificates are good is W&B's business, and it may have been told of others.
-            is_tls = isinstance(error, URLError) and isinstance(error.reason, ssl.SSLError)
-            found.append("" if is_tls else first_line(error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PROBE_TIMEOUT_S)
-    return found[0] if found else f"no answer within {_PROBE_TIMEOUT_S:g} s"
 
 
 def _read_state(path: Path) -> tuple[str, int | None]:
@@ -312,12 +255,3 @@ def _read_state(path: Path) -> tuple[str, int | None]:
     run_id = secrets.token_hex(4)
     write_json(path, {"id": run_id, "rows": 0})
     return run_id, 0
-
-
-def _service_processes() -> Iterator[int]:
-    """Return W&B's service among the children of this process."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            head, _, tail = path.read_text().rpartition(")")
-            if "(wandb-core" in head and int(tail.split()[1]) == os.getpid():
-                yield int(path.parent.name)

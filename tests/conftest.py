@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -187,3 +188,65 @@ def alive_in_group(group: int) -> bool:
             if int(its_group) == group and state != "Z":
                 return True
     return False
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
+    """One start of Python for all trackers."""
+    home = tmp_path_factory.mktemp("home")
+    env = os.environ | {"HOME": str(home), "NETRC": str(home / "none"), "OMP_NUM_THREADS": "1"}
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SERVICE", "WANDB_BASE_URL"):
+        env.pop(name, None)
+    command = [sys.executable, str(Path(__file__).with_name("tracked.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def track(worker) -> Callable[..., list[dict]]:
+    """Run trackers at the same time, each in its process; return what each saw, and how it ended."""
+
+    def go(*requests: dict) -> list[dict]:
+        whole = [{"env": {}, "overrides": [], "position": [0, False]} | request for request in requests]
+        whole = [request | {"dir": str(request["dir"])} for request in whole]
+        worker.stdin.write(json.dumps(whole) + "\n")
+        worker.stdin.flush()
+        ends = json.loads(worker.stdout.readline())
+        return [end | json.loads(Path(f"{one['dir']}.json").read_text()) for one, end in zip(whole, ends, strict=True)]
+
+    return go
+
+
+@pytest.fixture
+def serve(tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
+    """Start servers: `serve(how, folder, port)` returns the process and its address; without a port, a free one."""
+    started = []
+
+    def start(how: str, folder: Path, port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
+        folder.mkdir(exist_ok=True)
+        port = port or free_port()
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("wandb_server.py")), str(port), str(folder), how]
+        )
+        started.append(process)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return process, f"http://127.0.0.1:{port}"
+            time.sleep(0.05)
+        raise TimeoutError("the server does not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,6 +1,7 @@
 """metrics.jsonl, on a good and on a full disk, and the choice of W&B's mode."""
 
 import json
+import math
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from tracked import fill, train_record
 
 from dytrun import records
 from dytrun.records import Accuracy, EvalRecord, Position, Record, to_json_line
+from dytrun.site_chart import SiteChart
 from dytrun.tracking import Tracker
-from dytrun.wandb_link import choose_mode
+from dytrun.wandb_reach import choose_mode
 
 
 def eval_record(step: int) -> EvalRecord:
@@ -147,3 +149,26 @@ def test_without_a_key_auto_is_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode(tiny("tracking.mode=auto").tracking)[0] == "off"
     assert choose_mode(tiny("tracking.mode=offline").tracking)[0] == "offline"
+
+
+def test_the_chart_of_the_sites_is_thinned_and_drawn_ten_times_at_most():
+    chart, drawings = SiteChart(epochs=40), []
+    for step in range(1, 401):
+        # Alphas in lines of their own or in those of training, what else is measured of a site seldom.
+        chart.add({"step": float(step), "epoch": step / 10, "train/loss": math.nan, "norm/alpha/b.1": step / 400})
+        if step % 10 == 0:
+            chart.add(
+                {"step": float(step), "epoch": step / 10, "norm/input_std/a": 1.0, "norm/input_std/b.1": math.nan}
+            )
+            values = {"step": float(step), "epoch": step / 10, "val/top1": 1.0}
+            chart.add(values)
+            if chart.is_due(values):
+                drawings.append(chart.draw(values))
+    assert len(drawings) == 10
+    assert not chart.is_stale
+    alpha, std = drawings[-1].data
+    assert (alpha.name, std.name) == ("b.1", "a")  # a number that is not one is left out
+    assert len(alpha.x) <= 129
+    assert (alpha.x[0], alpha.x[-1], alpha.y[-1]) == (1, 400, 1.0)
+    assert list(std.x) == list(range(10, 401, 10))
+    assert alpha.yaxis != std.yaxis

@@ -1,124 +1,16 @@
 """W&B under fire, with the real wandb in real processes: kills, dead, deaf and slow servers, full disks, a key."""
 
 import json
-import os
 import signal
-import socket
 import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from wandb_server import history_of, requests_of
+from wandb_runs import KEY, numbered, parts, rows_of, served, sync, wandb_id
+from wandb_server import requests_of
 
-from dytrun.wandb_link import _entries
-
-HERE = Path(__file__).parent
-KEY = "c4a7" * 10
 REFUSED = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
-    """One start of Python for all trackers of this file."""
-    home = tmp_path_factory.mktemp("home")
-    env = os.environ | {"HOME": str(home), "NETRC": str(home / "none"), "OMP_NUM_THREADS": "1"}
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SERVICE", "WANDB_BASE_URL"):
-        env.pop(name, None)
-    command = [sys.executable, str(HERE / "tracked.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-@pytest.fixture
-def track(worker) -> Callable[..., list[dict]]:
-    """Run trackers at the same time, each in its process; return what each saw, and how it ended."""
-
-    def go(*requests: dict) -> list[dict]:
-        whole = [{"env": {}, "overrides": [], "position": [0, False]} | request for request in requests]
-        whole = [request | {"dir": str(request["dir"])} for request in whole]
-        worker.stdin.write(json.dumps(whole) + "\n")
-        worker.stdin.flush()
-        ends = json.loads(worker.stdout.readline())
-        return [end | json.loads(Path(f"{one['dir']}.json").read_text()) for one, end in zip(whole, ends, strict=True)]
-
-    return go
-
-
-@pytest.fixture
-def serve(tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
-    """Start servers: `serve(how, folder, port)` returns the process and its address; without a port, a free one."""
-    started = []
-
-    def start(how: str, folder: Path, port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
-        folder.mkdir(exist_ok=True)
-        port = port or free_port()
-        process = subprocess.Popen([sys.executable, str(HERE / "wandb_server.py"), str(port), str(folder), how])
-        started.append(process)
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return process, f"http://127.0.0.1:{port}"
-            time.sleep(0.05)
-        raise TimeoutError("the server does not start")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wandb_id(run_dir: Path) -> str:
-    return json.loads((run_dir / "wandb" / "rows.json").read_text())["id"]
-
-
-def parts(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "wandb").glob("offline-run-*"))
-
-
-def rows_of(part: Path) -> list[tuple[int, int]]:
-    """Return (W&B's history step, our step) of each row in an offline part, as wandb's own messages tell them."""
-    from wandb.proto import wandb_internal_pb2
-
-    (log,) = part.glob("*.wandb")
-    rows = []
-    for data in _entries(log.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            rows.append((record.history.step.num, values["step"]))
-    return rows
-
-
-def served(folder: Path, run_id: str) -> list[tuple[int, int]]:
-    """Return (W&B's history step, our step) of each row as a server has them."""
-    return [(row["_step"], row["step"]) for row in history_of(folder, run_id)]
-
-
-def numbered(count: int) -> list[tuple[int, int]]:
-    """What W&B shall have of records for the steps 1 to `count`: each once, in order."""
-    return [(number, number + 1) for number in range(count)]
-
-
-def sync(run_dir: Path, address: str, tmp_path: Path) -> None:
-    """Upload a run as a person would."""
-    subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", *map(str, parts(run_dir))], check=True, capture_output=True,
-        env=os.environ | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address, "HOME": str(tmp_path)},
-    )  # fmt: skip
 
 
 def assert_no_key(run_dir: Path) -> None:
@@ -141,7 +33,7 @@ def test_killed_offline_runs_are_whole_after_a_sync(tmp_path, track, serve):
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1010
 
     _, address = serve("well", tmp_path / "server")
-    sync(run_dir, address, tmp_path)
+    sync([str(part) for part in parts(run_dir)], address, tmp_path)
     assert served(tmp_path / "server", wandb_id(run_dir)) == numbered(1010)
 
     # What is synced stays, and the next part goes on after it; a part that is not is superseded.
@@ -149,7 +41,7 @@ def test_killed_offline_runs_are_whole_after_a_sync(tmp_path, track, serve):
         track({"dir": run_dir, "position": [1010, True], "do": [["log", 1011, last], ["signal", None, "SIGKILL"]]})
     track({"dir": run_dir, "position": [1015, True], "do": [["log", 1016, 1020], ["finish", True, False]]})
     assert [len(rows_of(part)) for part in parts(run_dir)] == [1010, 10]
-    sync(run_dir, address, tmp_path)
+    sync([str(part) for part in parts(run_dir)], address, tmp_path)
     assert served(tmp_path / "server", wandb_id(run_dir)) == numbered(1020)
 
 
