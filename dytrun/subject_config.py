@@ -97,7 +97,8 @@ AnyDataConfig = Annotated[DataConfig | TextConfig, Field(discriminator="name")]
 def settled(values: Any) -> Any:
     """Replace what a norm leaves to the model (`auto`) by what the papers have for that model: types, alpha_init.
 
-    A LLaMA's alpha before attention becomes the first of norm.rules, so that rules of the user's own count more.
+    A LLaMA's alpha before attention becomes the first of norm.rules, so that rules of the user's own count more. Text
+    needs no loader processes, so that all cores compute.
     """
     if not isinstance(values, Mapping) or not all(isinstance(values.get(key), Mapping) for key in ("model", "norm")):
         return values  # validation will say so
@@ -112,6 +113,10 @@ def settled(values: Any) -> Any:
             attention, norm["alpha_init"] = llama_alphas(width)
             if attention != norm["alpha_init"] and isinstance(norm.get("rules"), Mapping):
                 norm["rules"] = {"attention": attention} | norm["rules"]
+    data, machine = values.get("data"), values.get("machine")
+    if isinstance(data, Mapping) and data.get("name") == "text" and isinstance(machine, Mapping):
+        if machine.get("workers") == "auto":
+            values = {**values, "machine": {**machine, "workers": 0}}
     return {**values, "norm": norm}
 
 

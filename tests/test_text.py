@@ -223,6 +223,7 @@ def test_alphas_are_the_papers_by_width_unless_they_are_given():
     assert page.optim.min_lr == pytest.approx(page.optim.lr / 10)
     assert "augment" not in page.science()
     assert {*page.science()["data"]} == {"name", "context"}
+    assert page.machine.workers == 0
     assert page.run_name.startswith("llama-dyt-text-s0-")
 
 
@@ -351,3 +352,12 @@ def test_rms_is_the_baseline_of_the_report_and_a_step_that_diverged_is_done_agai
     assert replay.code == 0, replay.said()
     assert "windows whose loss is not finite" in replay.said()
     assert "reproduced" in replay.said()
+
+
+def test_the_readmes_lines_run_as_they_stand():
+    pytest.importorskip("transformers")
+    block = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)[1]
+    assert len(block.splitlines()) == 5
+    said = "print(len(sites), {site.alpha_init for site in sites}, model.get_input_embeddings().scale.item())"
+    done = subprocess.run([sys.executable, "-c", block + said], capture_output=True, text=True, check=True)
+    assert done.stdout == "5 {1.0} 8.0\n"
