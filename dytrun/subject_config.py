@@ -114,9 +114,9 @@ def settled(values: Any) -> Any:
             if attention != norm["alpha_init"] and isinstance(norm.get("rules"), Mapping):
                 norm["rules"] = {"attention": attention} | norm["rules"]
     data, machine = values.get("data"), values.get("machine")
-    if isinstance(data, Mapping) and data.get("name") == "text" and isinstance(machine, Mapping):
-        if machine.get("workers") == "auto":
-            values = {**values, "machine": {**machine, "workers": 0}}
+    is_text = isinstance(data, Mapping) and data.get("name") == "text"
+    if is_text and isinstance(machine, Mapping) and machine.get("workers") == "auto":
+        values = {**values, "machine": {**machine, "workers": 0}}
     return {**values, "norm": norm}
 
 

@@ -102,7 +102,7 @@ def test_the_docstrings_are_the_same_in_every_process_and_none_is_there_twice():
     ({"x.txt": b"good\n", "y.txt": b"\xff\xfe bad"}, r"y\.txt is no UTF-8 text \(byte 0\)"),
     ({"x.txt": b"one line, however long"}, "too little to train on one part and evaluate on another"),
     ({"x.txt": b""}, "too little to train"),
-    ({"x.txt": b"ab\n" * 100}, "data.context: .* hold no window of 128"),
+    ({"x.txt": b"ab\n" * 300}, "data.context: .* hold no window of 1024"),
 ])  # fmt: skip
 def test_a_text_that_cannot_be_used_is_named(tmp_path, made, said):
     root = tmp_path / "tree"
@@ -110,7 +110,7 @@ def test_a_text_that_cannot_be_used_is_named(tmp_path, made, said):
         root.mkdir(exist_ok=True)
         (root / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        load_text(config_of("model=llama", "data=text", "norm=rms", f"data.root={root}").data)
+        load_text(config_of("model=llama", "data=text", "norm=rms", "data.context=1024", f"data.root={root}").data)
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 5), (2, 3), (3, 64)])
