@@ -18,11 +18,12 @@ from dytrun.checkpoint import Store
 from dytrun.compute import autocast
 from dytrun.config import RunConfig
 from dytrun.distributed import Place
-from dytrun.engine import Surroundings, fit
+from dytrun.engine import fit
 from dytrun.model import compile_model, put_on
 from dytrun.optim import Plan
 from dytrun.records import Found, Position, Table, TrainRecord
 from dytrun.state import State, build_state
+from dytrun.surroundings import Surroundings
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
 
@@ -50,10 +51,9 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
 
     with tempfile.TemporaryDirectory(prefix="dytrun-bench-") as scratch:
         state, plan = training_state(run, device), Plan(_FOREVER, _FOREVER, 0, size, 1)
-        sites = [name for name, _ in state.model.named_parameters() if name.endswith(".alpha")]
         around = Surroundings(
             plan, Place(0, 1, device), Clock(device, size), itertools.repeat(batch), lambda: iter(()), 0,
-            Store(Path(scratch) / "checkpoints", run.checkpoint.keep), [name.removesuffix(".alpha") for name in sites],
+            Store(Path(scratch) / "checkpoints", run.checkpoint.keep), [],
         )  # fmt: skip
         tracker = Tracker(run, Path(scratch), Position(0, True), say)
         records = fit(run, state, around)
@@ -91,8 +91,8 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
 
 
 def _as_measured(run: RunConfig, steps: int) -> RunConfig:
-    """Let a record be due after each round, and a checkpoint never; the weights stay as they are."""
-    tracking = run.tracking.model_copy(update={"log_every_steps": steps, "mode": "off"})
+    """Let a record be due after each round, a probe and a checkpoint never; the weights stay as they are."""
+    tracking = run.tracking.model_copy(update={"log_every_steps": steps, "probe_every_steps": None, "mode": "off"})
     checkpoint = run.checkpoint.model_copy(update={"every_minutes": None})
     return at_rest(run).model_copy(update={"tracking": tracking, "checkpoint": checkpoint})
 

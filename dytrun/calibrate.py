@@ -5,7 +5,6 @@ seen: for a given alpha, weight and bias are a straight-line fit a channel; alph
 follow a norm exactly, which scales each token by itself: the error that is left is reported for each site.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dytrun.activations import unfused
 from dytrun.errors import UserError
 from dytrun.functions import FUNCTIONS
 from dytrun.norm import PointWise
@@ -107,7 +107,7 @@ def _line(layer: PointWise, x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor
 
 
 def _error(layer: PointWise, x: Tensor, y: Tensor) -> float:
-    found = _unfused(layer, x.movedim(-1, layer.channel_axis)).movedim(layer.channel_axis, -1).double()
+    found = unfused(layer, x.movedim(-1, layer.channel_axis)).movedim(layer.channel_axis, -1).double()
     return ((found - y).square().sum() / (y - y.mean(0)).square().sum().clamp_min(1e-30)).sqrt().item()
 
 
@@ -124,7 +124,7 @@ def _seen(model: nn.Module, axes: Mapping[str, int], batches: Sequence[Tensor], 
 
     def listen(name: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            value = _unfused(module, args[0]) if of_output else args[0]
+            value = unfused(module, args[0]) if of_output else args[0]
             value = value.movedim(axes[name], -1).flatten(0, -2)
             parts = rows.setdefault(name, [])
             generator = torch.Generator().manual_seed(len(parts))
@@ -143,10 +143,3 @@ def _seen(model: nn.Module, axes: Mapping[str, int], batches: Sequence[Tensor], 
         for handle in handles:
             handle.remove()
     return {name: torch.cat(parts) for name, parts in rows.items()}
-
-
-def _unfused(norm: nn.Module, x: Tensor) -> Tensor:
-    """Return what a norm makes of `x` before the drop-out and activation that may be fused into it."""
-    bare = copy.copy(norm)
-    bare._modules = {name: nn.Identity() for name in norm._modules}
-    return bare.forward(x)

@@ -112,8 +112,8 @@ class Store:
                             "train from the start")  # fmt: skip
         return None, said
 
-    def look_up(self, name: str) -> Checkpoint:
-        """Return the newest checkpoint (`LATEST`) or the best one (`BEST`), and touch nothing.
+    def look_up(self, name: str | int) -> Checkpoint:
+        """Return the newest checkpoint (`LATEST`), the best one (`BEST`) or that of a step, and touch nothing.
 
         Raises:
             UserError: there is none, or it is damaged.
@@ -123,6 +123,9 @@ class Store:
             step = self._best({} if self._fault(step) else self._state(step))
         if step is None:
             raise UserError(f"{self.directory}: no {name} checkpoint there; train the run first")
+        if isinstance(name, int) and (step := name) not in self._steps():
+            there = ", ".join(map(str, sorted(self._steps())))
+            raise UserError(f"{self.directory}: no checkpoint of step {name} there; there are those of {there}")
         found = self._read(step)
         if isinstance(found, str):
             raise UserError(f"{self._path(step)}: damaged ({found}); train the run again")

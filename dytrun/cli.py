@@ -112,8 +112,8 @@ def _main(args: list[str]) -> int:
     if any(flag_name(arg) in _SHOW for arg in rest):
         return _show(verb, [arg for arg in rest if arg not in compose.MULTIRUN])
     return {
-        "train": _train, "eval": _eval, "replay": _replay, "bench": _bench, "report": _report, "data pack": _pack,
-        "data verify": _verify,
+        "train": _train, "eval": _eval, "replay": _replay, "bench": _bench, "probe": _probe, "report": _report,
+        "data pack": _pack, "data verify": _verify,
     }[verb](rest)  # fmt: skip
 
 
@@ -258,6 +258,13 @@ def _bench(args: list[str]) -> int:
     from dytrun import commands
 
     commands.bench(compose.expand(args, "bench").configs[0])
+    return DONE
+
+
+def _probe(args: list[str]) -> int:
+    from dytrun import commands
+
+    commands.probe(compose.expand(args, "probe").configs[0])
     return DONE
 
 

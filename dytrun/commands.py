@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dytrun import compose, launch, owner, terminal, watch
 from dytrun.bench_config import BenchConfig
-from dytrun.config import EvalConfig, Published, ReplayConfig, ReportConfig, RunConfig
+from dytrun.config import EvalConfig, ProbeConfig, Published, ReplayConfig, ReportConfig, RunConfig
 from dytrun.errors import UserError
 from dytrun.pack_config import PackConfig, VerifyConfig
 from dytrun.records import RunResult, difference
@@ -73,7 +73,7 @@ def evaluate(config: EvalConfig) -> None:
     found = launch.evaluate(config)
     if found:
         title = f"{config.dir}, {config.checkpoint} checkpoint (step {found['step']:,})"
-        terminal.accuracies(title, found["accuracy"], found["counted"])
+        terminal.accuracies(title, found["accuracy"], "bytes" if found["unit"] == "windows" else "images")
 
 
 def replay(config: ReplayConfig) -> bool:
@@ -113,6 +113,21 @@ def bench(config: BenchConfig) -> None:
         terminal.table(table.title, table.columns, table.rows, table.notes)
     instrument.keep(path, config, found)
     terminal.line(f"{path} written")
+
+
+def probe(config: ProbeConfig) -> None:
+    """Look at the norms of a run, print the table, write the page, and give it to W&B if that was asked for."""
+    from dytrun import probe as instrument  # with torch and matplotlib
+
+    trained = instrument.config_of(config)
+    out = instrument.target(config)
+    found = instrument.look(config, trained, terminal.line)
+    figures = instrument.keep(out, found)
+    table = found.table()
+    terminal.table(table.title, table.columns, table.rows, table.notes)
+    terminal.line(f"{out}/probe.html, probe.json and figures/ written")
+    if config.wandb:
+        terminal.line(instrument.share(out, trained, found, figures))
 
 
 def pack(config: PackConfig) -> None:

@@ -23,6 +23,7 @@ MULTIRUN = ("--multirun", "-m")
 _NEEDED = {
     "eval": {"dir": "dir: which run? say dytrun eval DIR"},
     "replay": {"dir": "dir: which run? say dytrun replay DIR"},
+    "probe": {"dir": "dir: which run? say dytrun probe DIR"},
     "data pack": {"source": "source: pack what? say dytrun data pack SRC out=DIR", "out": "out: where to? say out=DIR"},
     "data verify": {"dir": "dir: which pack? say dytrun data verify DIR"},
 }
@@ -129,7 +130,7 @@ def validated(verb: str, cfg: Any) -> Any:
     """Turn Hydra's configuration of a command into ours."""
     from omegaconf import OmegaConf
 
-    from dytrun.config import EvalConfig, ReplayConfig, ReportConfig, RunConfig
+    from dytrun.config import EvalConfig, ProbeConfig, ReplayConfig, ReportConfig, RunConfig
     from dytrun.pack_config import PackConfig, VerifyConfig
     from dytrun.validation import validate
 
@@ -144,7 +145,7 @@ def validated(verb: str, cfg: Any) -> Any:
     if verb == "bench":
         return _bench(values)
     types = {"train": RunConfig, "eval": EvalConfig, "replay": ReplayConfig, "report": ReportConfig,
-             "data pack": PackConfig, "data verify": VerifyConfig}  # fmt: skip
+             "probe": ProbeConfig, "data pack": PackConfig, "data verify": VerifyConfig}  # fmt: skip
     return validate(types[verb], values)
 
 

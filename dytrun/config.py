@@ -298,6 +298,22 @@ class ReplayConfig(BaseModel):
     devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
 
 
+class ProbeConfig(BaseModel):
+    """`dytrun probe DIR`."""
+
+    model_config = STRICT
+    dir: str
+    checkpoint: Literal["last", "best"] | Count
+    """Which one; a number is the step after which it was made."""
+    weights: Literal["raw", "ema"]
+    batches: Count
+    batch: Count
+    data_root: str | None
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
+    out: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] | None
+    wandb: bool
+
+
 class ReportConfig(BaseModel):
     """`dytrun report [DIR]`."""
 

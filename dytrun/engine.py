@@ -1,4 +1,4 @@
-"""fit(): optimizer steps, accumulation, precision, EMA, evaluation, checkpoints. It yields records and never logs.
+"""fit(): optimizer steps, accumulation, precision, EMA, probes, evaluation, checkpoints. It yields, and never logs.
 
 After every step all ranks know the same of it (`agreement`): whether its loss and gradient may change the weights, and
 whether one of them was told to stop, wants to save or has met an image that cannot be read. So they act together.
@@ -6,55 +6,32 @@ whether one of them was told to stop, wants to save or has met an image that can
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dytrun import optim, watchdog
+from dytrun import activations, optim, watchdog
 from dytrun.agreement import LAG, Agreement, Diverged, Interrupted, Verdict, Wishes
 from dytrun.batch import Batch
-from dytrun.checkpoint import NotSaved, Store
+from dytrun.checkpoint import NotSaved
 from dytrun.compute import autocast, distribute, settle, train_loss
 from dytrun.config import RunConfig
-from dytrun.distributed import Place, average_buffers, from_first, gather, same_weights
+from dytrun.distributed import average_buffers, from_first, gather, same_weights
 from dytrun.errors import UserError
 from dytrun.evaluate import Halted, evaluate
-from dytrun.records import Accuracy, EvalRecord, Record, Remark, Speed, TrainRecord
+from dytrun.records import Accuracy, EvalRecord, ProbeRecord, Record, Remark, Speed, TrainRecord
 from dytrun.state import Best, State, Window, snapshot, speed_so_far
-from dytrun.throughput import Clock
+from dytrun.surroundings import Surroundings
 
 # Below it fp16 has overflowed a hundred times in a row.
 _SMALLEST_LOSS_SCALE = 2.0**-30
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a run is given: its plan, its place, its images, its checkpoints."""
-
-    plan: optim.Plan
-    place: Place
-    clock: Clock
-    train: Iterator[Batch]
-    val: Callable[[], Iterator[Batch]]
-    num_val: int
-    store: Store
-    sites: list[str]
-    """Names of the point-wise norms, whose alphas are recorded."""
-    stopped_by: Callable[[], str] = lambda: ""
-    """The signal that has told this rank to stop; empty as long as none has."""
-    beat: Callable[[int, str], None] = lambda step, what: None
-    """Told at every part of a step, so that a run that hangs can be told from one that works."""
-    num_train: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What every checkpoint holds besides: data and build, to compare when the run is taken up again."""
-
-
 def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Record | Remark]:
-    """Train from `state.step` to the end; yield a TrainRecord a window and an EvalRecord an epoch.
+    """Train from `state.step` to the end; yield a TrainRecord a window, an EvalRecord an epoch, and ProbeRecords.
 
     Raises:
         Diverged: on every rank alike.
@@ -80,6 +57,8 @@ def fit(config: RunConfig, state: State, around: Surroundings) -> Iterator[Recor
         if state.step % every == 0 or state.step % plan.steps_per_epoch == 0:
             verdicts += _judged(under, under.agreement.take(everything=True))
             yield _train_record(under, lr)
+        if _is_probed(under, state.step):
+            yield from _probe(under)
         yield from _act(under, verdicts)
 
 
@@ -98,6 +77,8 @@ class Underway:
     bad_images: dict[int, dict[str, str]] = field(default_factory=dict)
     """Those that this rank has met."""
     saved_at: float = field(default_factory=time.monotonic)
+    images: Tensor | None = None
+    """A few of the last micro-batch, where a probe follows."""
 
 
 def underway(config: RunConfig, state: State, around: Surroundings) -> Underway:
@@ -131,6 +112,8 @@ def train_step(under: Underway) -> list[Verdict]:
         under.samples[state.step].append(batch.indices.tolist())
         substituted += len(batch.bad)
         under.bad_images.update((index, image._asdict()) for index, image in batch.bad.items())
+        if _is_probed(under, state.step + 1):
+            under.images = batch.images[: activations.GLANCE_IMAGES].clone()
         beat(state.step, watchdog.COMPUTE)
         if isinstance(under.net, DistributedDataParallel):
             under.net.require_backward_grad_sync = micro == accumulation - 1
@@ -295,10 +278,8 @@ def _save(under: Underway, is_best: bool) -> list[Remark]:
 
 
 def _train_record(under: Underway, lr: float) -> TrainRecord:
-    """Close the window; reads the alphas from the device."""
+    """Close the window."""
     state, around, window = under.state, under.around, under.state.window
-    alphas = [state.model.get_parameter(f"{site}.alpha").detach().mean() for site in around.sites]
-    values = torch.stack(alphas).tolist() if alphas else []
     if state.scaler.is_enabled() and (scale := state.scaler.get_scale()) < _SMALLEST_LOSS_SCALE:
         message = f"every gradient overflows fp16 by step {state.step}, however small the loss is scaled"
         raise Diverged(message, state.step - 1, under.samples[state.step - 1], {"scale": scale})
@@ -312,8 +293,28 @@ def _train_record(under: Underway, lr: float) -> TrainRecord:
         grad_norm=window.grad_norm,
         speed=Speed(**around.clock.window()),
         world=around.place.world,
-        alpha=dict(zip(around.sites, values, strict=True)),
     )
+
+
+def _is_probed(under: Underway, step: int) -> bool:
+    """Say whether a probe follows a step; the first rank alone makes it, and the others wait in their next exchange."""
+    every, around = under.config.tracking.probe_every_steps, under.around
+    if every is None or not around.sites or not around.place.is_first:
+        return False
+    return step % every == 0 or step == around.plan.total_steps
+
+
+def _probe(under: Underway) -> Iterator[ProbeRecord]:
+    """Look at the norms. It is a pause: LN has less to be asked than DyT, and speeds compare what training takes."""
+    state, around = under.state, under.around
+    if under.images is None:
+        return
+    around.beat(state.step, watchdog.PROBE)
+    with around.clock.pause():
+        found = activations.glance(state.model, around.sites, under.images, autocast(under.config, around.place.device))
+    under.images = None
+    epoch = state.step / around.plan.steps_per_epoch
+    yield ProbeRecord(state.step, epoch, state.step * under.config.global_batch, *found)
 
 
 def evaluate_state(config: RunConfig, state: State, around: Surroundings) -> EvalRecord:

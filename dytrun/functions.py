@@ -101,3 +101,5 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # DyISRU, sqrt(C) x / sqrt(beta + x²) (Stollenwerk, arXiv 2503.21708), is isru at alpha = 1 / sqrt(beta), times sqrt(C).
 # Its author trains nothing, so there is no published figure.
 FUNCTIONS["dyisru"] = isru
+# (lowest, highest) of what each can return, up to its factor; identity has no bounds.
+BOUNDS = {name: (0.0 if name == "sigmoid" else -1.0, 1.0) for name in FUNCTIONS if name != "identity"}

@@ -206,6 +206,12 @@ class PointWise(nn.Module):
         return f"{self.normalized_shape[0]}, {self.function}, alpha_init={self.alpha_init:g}, {layout}"
 
 
+def alphas(model: nn.Module) -> dict[str, float]:
+    """Return the alpha of each point-wise layer; its mean where there is one a channel."""
+    return {name: module.alpha.mean().item() for name, module in model.named_modules()
+            if isinstance(module, PointWise)}  # fmt: skip
+
+
 class RmsNorm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) over channels, in any layout: weight, no bias, as torch's F.rms_norm has it.
 

@@ -54,7 +54,6 @@ class TrainRecord:
     """Of the window's last step, before clipping."""
     speed: Speed
     world: int
-    alpha: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return {metric name: value}."""
@@ -67,7 +66,30 @@ class TrainRecord:
             "perf/step_ms": self.speed.step_ms_p50,
             "perf/data_wait_frac": self.speed.data_wait_frac,
             "perf/peak_mem_gib": self.speed.peak_mem_gib,
-        } | {f"norm/alpha/{site}": value for site, value in self.alpha.items()}
+        }
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """What the norms do to a few of the images of optimizer step `step`, with the weights after it; by site.
+
+    A number that there is none of is left out: LayerNorm has no alpha, and a function without bounds does not saturate.
+    """
+
+    step: int
+    epoch: float
+    samples_seen: int
+    alpha: Mapping[str, float]
+    """Its mean where there is one a channel."""
+    input_std: Mapping[str, float]
+    """Standard deviation over all elements of what goes into the norm, as in figure 8 of DyT's paper."""
+    saturation: Mapping[str, float]
+    """Share of the inputs for which f(alpha x + shift) is beyond 0.99 of the way from its middle to its bound."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return {metric name: value}."""
+        parts = (("alpha", self.alpha), ("input_std", self.input_std), ("saturation", self.saturation))
+        return {f"norm/{name}/{site}": value for name, found in parts for site, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,7 @@ class Remark:
     text: str
 
 
-Record = TrainRecord | EvalRecord
+Record = TrainRecord | ProbeRecord | EvalRecord
 
 
 class Position(NamedTuple):

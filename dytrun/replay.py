@@ -20,12 +20,12 @@ from dytrun.compute import train_loss
 from dytrun.config import RunConfig
 from dytrun.data import RankShare
 from dytrun.distributed import Place, all_sum, broadcast_tensors, from_first, gather
-from dytrun.engine import Surroundings
 from dytrun.errors import UserError
 from dytrun.feed import AnyData, train_feed
 from dytrun.optim import Plan
 from dytrun.records import write_json
 from dytrun.sources import fingerprint_difference
+from dytrun.surroundings import Surroundings
 
 _FOLDER = "diverged"
 # Of many parameters the ones with the largest gradients are shown.

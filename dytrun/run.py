@@ -30,7 +30,7 @@ from dytrun.compute import autocast
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
 from dytrun.data import RankShare
 from dytrun.distributed import Place, barrier, from_first, gather, session
-from dytrun.engine import Surroundings, evaluate_state, fit, interrupted
+from dytrun.engine import evaluate_state, fit, interrupted
 from dytrun.errors import RunError, UserError
 from dytrun.evaluate import Halted, evaluate
 from dytrun.feed import AnyData, load, train_feed, val_feed
@@ -40,6 +40,7 @@ from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunRe
 from dytrun.sources import Data
 from dytrun.state import State, build_state, restore, speed_so_far, to_be_saved
 from dytrun.stop import Stop
+from dytrun.surroundings import Surroundings
 from dytrun.throughput import Clock
 from dytrun.tracking import Tracker
 from dytrun.validation import validate
@@ -100,7 +101,7 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
             val=val_feed(config, data, config.machine.eval_batch_per_rank, workers, here),
             num_val=data.val.num,
             store=store,
-            sites=[site.name for site in sites if site.alpha_init is not None],
+            sites=[site.name for site in sites],
             stopped_by=stop.asked_by,
             beat=dog.beat,
             num_train=data.train.num,
@@ -161,7 +162,7 @@ def _lead(
 def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     """Evaluate a checkpoint of the run of `run_dir` on this rank's share; rank 0 returns the counts."""
     directory, chosen = Path(run_dir), EvalConfig.model_validate_json(options)
-    config = _elsewhere(load_config(directory), chosen.data_root)
+    config = elsewhere(load_config(directory), chosen.data_root)
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -181,14 +182,13 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
                 model.load_state_dict(saved.tensors[part])
                 found[label] = evaluate(model, val(), data.val.num, autocast(config, place.device))
         end_loaders()
-    counted = "bytes" if config.data.name == "text" else "images"
-    return {"step": saved.step, "accuracy": found, "counted": counted} if place.is_first else None
+    return {"step": saved.step, "accuracy": found, "unit": config.unit} if place.is_first else None
 
 
 def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     """Do the step again at which the run of `run_dir` diverged; rank 0 returns what was seen."""
     directory, chosen = Path(run_dir), ReplayConfig.model_validate_json(options)
-    config = _elsewhere(load_config(directory), chosen.data_root)
+    config = elsewhere(load_config(directory), chosen.data_root)
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -268,7 +268,7 @@ def outcome(state: State, around: Surroundings, last: EvalRecord | None, message
         "loss_spikes": state.spikes,
         "checkpoints": {"tried": state.saves, "failed": state.failed_saves, "bytes": state.saved_bytes},
         "train_seconds": state.train_seconds + around.clock.train_seconds,
-        "alpha": {site: state.model.get_parameter(f"{site}.alpha").mean().item() for site in around.sites},
+        "alpha": norm.alphas(state.model),
     }
     if last is not None:
         values |= {"top1": last.raw.top1, "top5": last.raw.top5, "val_loss": last.raw.loss, "num_val": last.raw.num}
@@ -329,7 +329,7 @@ def _warm_start(config: RunConfig, model: nn.Module, data: AnyData, around: Surr
         write_json(directory / "init.json", found)
 
 
-def _elsewhere(config: RunConfig, root: str | None) -> RunConfig:
+def elsewhere(config: RunConfig, root: str | None) -> RunConfig:
     """Return a configuration whose data lies elsewhere."""
     if root is None:
         return config

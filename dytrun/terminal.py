@@ -57,7 +57,7 @@ class Display:
         """Take a record in; a terminal is redrawn, a log gets a line now and then."""
         if isinstance(record, TrainRecord):
             self._train = record
-        else:
+        elif isinstance(record, EvalRecord):
             self._eval = record
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, now=self._line())

@@ -13,6 +13,7 @@ COMMANDS = {
     "replay": "do the step again at which a run diverged, and say where: dytrun replay DIR",
     "bench": "measure speed: one layer, a model, this loop, the loader: dytrun bench=norm",
     "data": "pack a data set into a few files, and verify such a pack: dytrun data pack SRC out=DIR",
+    "probe": "say what the norms of a trained model do: dytrun probe DIR",
     "report": "pair the runs of a directory, print the table, write the page: dytrun report [DIR]",
 }
 # The second word of dytrun data.
@@ -55,6 +56,13 @@ EXAMPLES = {
         "dytrun data pack /downloads out=/fast/imagenet val_labels=/downloads/LOC_val_solution.csv",
         "dytrun data pack /data/imagenet-1k out=/fast/imagenet workers=16",
         "dytrun data verify /fast/imagenet",
+    ),
+    "probe": (
+        "dytrun probe runs/NAME",
+        "dytrun probe runs/NAME checkpoint=best weights=ema",
+        "dytrun probe runs/NAME checkpoint=18720 out=figures-of-epoch-60",
+        "dytrun probe runs/NAME batches=16 batch=64 data_root=/mnt/imagenet",
+        "dytrun probe runs/NAME wandb=true",
     ),
     "report": (
         "dytrun report",

@@ -19,7 +19,8 @@ from dytrun.distributed import Place
 
 # What a rank does before a step and in it, in order: of two ranks at the same number of steps the one that is at an
 # earlier part is waited for.
-EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE = (
+PROBE, EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE = (
+    "looks at the norms",
     "waits for images of the evaluation",
     "evaluates",
     "saves",
@@ -28,7 +29,7 @@ EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE = (
     "waits for the other ranks' losses",
     "updates the weights",
 )
-_ORDER = (EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE)
+_ORDER = (PROBE, EVALUATION_IMAGES, EVALUATE, SAVE, IMAGES, COMPUTE, AGREE, UPDATE)
 # After which a rank is not watched any more.
 DONE = "is done"
 # Seconds that a rank which can still speak has for it.

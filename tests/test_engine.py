@@ -17,11 +17,12 @@ from dytrun.batch import BadImage
 from dytrun.checkpoint import Store
 from dytrun.data import RankShare, ValBatches, epoch_order, train_batches
 from dytrun.distributed import Place
-from dytrun.engine import Diverged, Interrupted, Surroundings, fit
+from dytrun.engine import Diverged, Interrupted, fit
 from dytrun.errors import UserError
 from dytrun.records import EvalRecord, TrainRecord
 from dytrun.sources import load_data
 from dytrun.state import Best, build_state, restore
+from dytrun.surroundings import Surroundings
 from dytrun.throughput import Clock
 
 # tests/gpu.sh runs this file on a GPU too.
@@ -39,7 +40,7 @@ class Bench:
         self.state = build_state(model.to(PLACE.device), self.config, PLACE.device)
         self.store = Store(directory, self.config.checkpoint.keep)
         self.data = data
-        self.sites = [site.name for site in sites] if self.config.norm.name == "dyt" else []
+        self.sites = [site.name for site in sites]
 
     def around(self, train=None, stop_at: int | None = None) -> Surroundings:
         plan = self.plan
@@ -96,17 +97,17 @@ def equal(one, other) -> bool:
 
 
 def test_records_come_at_windows_and_ends_of_epochs(tmp_path):
-    bench = Bench(tmp_path, "norm=dyt", "epochs=2", "tracking.log_every_steps=20")
+    bench = Bench(tmp_path, "norm=dyt", "epochs=2", "tracking.log_every_steps=20", "tracking.probe_every_steps=30")
     found = bench.records()
     kinds = [(type(record).__name__, record.step) for record in found]
     assert kinds == [
-        ("TrainRecord", 20), ("TrainRecord", 40), ("TrainRecord", 44), ("EvalRecord", 44),
-        ("TrainRecord", 60), ("TrainRecord", 80), ("TrainRecord", 88), ("EvalRecord", 88),
+        ("TrainRecord", 20), ("ProbeRecord", 30), ("TrainRecord", 40), ("TrainRecord", 44), ("EvalRecord", 44),
+        ("TrainRecord", 60), ("ProbeRecord", 60), ("TrainRecord", 80), ("TrainRecord", 88), ("ProbeRecord", 88),
+        ("EvalRecord", 88),
     ]  # fmt: skip
     train = [record for record in found if isinstance(record, TrainRecord)]
     assert train[0].samples_seen == 640
     assert train[-1].epoch == 2.0
-    assert len(train[0].alpha) == 5
     assert train[-1].loss < train[0].loss
     assert train[-1].speed.images_per_s > 0
     assert isinstance(found[-1], EvalRecord)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "slurm": {"board", "errors", "launcher_config", "stop", "task", "terminal"},
     "commands": {
         "bench", "bench_config", "compose", "config", "dashboard", "errors", "launch", "owner", "pack", "pack_config",
-        "records", "report", "shards", "task", "terminal", "watch",
+        "probe", "records", "report", "shards", "task", "terminal", "watch",
     },
     "watch": {"board", "errors", "owner", "records", "task"},
     "usage": set(),
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     },
     "bench_trainer": {
         "arm", "bench_config", "bench_model", "checkpoint", "compute", "config", "distributed", "engine", "model",
-        "norm", "optim", "paired", "records", "state", "throughput", "timing", "tracking",
+        "norm", "optim", "paired", "records", "state", "surroundings", "throughput", "timing", "tracking",
     },
     "bench_data": {
         "batch", "bench_config", "bench_model", "bench_stages", "bench_trainer", "config", "data", "errors",
@@ -80,15 +80,16 @@ MAY_IMPORT = {
     "run": {
         "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
         "feed", "jpeg", "machine", "model", "norm", "optim", "owner", "processes", "records", "replay", "resume",
-        "sources", "state", "stop", "terminal", "throughput", "tracking", "validation", "warmstart", "watchdog",
+        "sources", "state", "stop", "surroundings", "terminal", "throughput", "tracking", "validation", "warmstart",
+        "watchdog",
     },
     "resume": {
         "checkpoint", "compute", "config", "distributed", "errors", "feed", "machine", "norm", "optim", "owner",
         "sources", "usage",
     },
     "replay": {
-        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "feed",
-        "optim", "records", "sources",
+        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "errors", "feed", "optim",
+        "records", "sources", "surroundings",
     },
     "arm": {"augment", "config", "convert", "data", "language", "library", "model", "sites", "subject_config"},
     "warmstart": {
@@ -96,11 +97,21 @@ MAY_IMPORT = {
         "weights",
     },
     "weights": {"checkpoint", "errors", "norm"},
-    "calibrate": {"errors", "functions", "norm"},
-    "engine": {
-        "agreement", "batch", "checkpoint", "compute", "config", "distributed", "errors", "evaluate", "optim",
-        "records", "state", "throughput", "watchdog",
+    "calibrate": {"activations", "errors", "functions", "norm"},
+    "activations": {"functions", "norm"},
+    "probe": {
+        "activations", "arm", "checkpoint", "compute", "config", "data", "errors", "machine", "model", "probe_figures",
+        "probe_page", "probe_sites", "processes", "records", "run", "sites", "sources", "wandb_link",
+        "wandb_reach",
     },
+    "probe_sites": {"activations", "calibrate", "errors", "functions", "norm", "sites"},
+    "probe_figures": {"functions", "probe_sites"},
+    "probe_page": {"activations", "probe_figures", "probe_sites", "records"},
+    "engine": {
+        "activations", "agreement", "batch", "checkpoint", "compute", "config", "distributed", "errors", "evaluate",
+        "optim", "records", "state", "surroundings", "watchdog",
+    },
+    "surroundings": {"batch", "checkpoint", "distributed", "optim", "throughput"},
     "agreement": {"distributed"},
     "alphas": set(),
     "corpus": {"errors"},
@@ -184,6 +195,7 @@ ONLY_IN = {
     "nvidia": {"dali_graph"},
     "triton": {"curves", "kernels"},
     "pyarrow": {"parquet"},
+    "matplotlib": {"probe_figures"},
 }
 WITHOUT_TORCH = {
     "cli",

@@ -11,7 +11,7 @@ from conftest import tiny
 from tracked import fill, train_record
 
 from dytrun import records
-from dytrun.records import Accuracy, EvalRecord, Position, Record, to_json_line
+from dytrun.records import Accuracy, EvalRecord, Position, ProbeRecord, Record, to_json_line
 from dytrun.site_chart import SiteChart
 from dytrun.tracking import Tracker
 from dytrun.wandb_reach import choose_mode
@@ -25,7 +25,11 @@ def eval_record(step: int) -> EvalRecord:
 def test_the_names_of_metrics_are_frozen():
     """Dashboards and reports outside this repository read these names: a change here breaks them."""
     names = train_record(1).metrics().keys() | eval_record(1).metrics().keys()
-    assert names - {"norm/alpha/blocks.0.norm1"} == set(records.METRICS)
+    assert names == set(records.METRICS)
+    site = {"blocks.0.norm1": 0.5}
+    assert tuple(ProbeRecord(1, 0.1, 32, site, site, site).metrics()) == tuple(
+        name.replace("<site>", "blocks.0.norm1") for name in records.SITE_METRICS
+    )
     assert records.METRICS == (
         "train/loss", "train/lr", "train/grad_norm", "val/loss", "val/top1", "val/top5", "ema/top1", "ema/top5",
         "perf/images_per_s", "perf/images_per_s_per_device", "perf/step_ms", "perf/data_wait_frac",
@@ -40,7 +44,6 @@ def test_a_line_is_a_record_and_what_is_not_finite_becomes_null():
     assert line["train/loss"] is None
     assert (line["step"], line["epoch"], line["samples_seen"]) == (10, 1.0, 320)
     assert line["perf/images_per_s_per_device"] == 50.0
-    assert line["norm/alpha/blocks.0.norm1"] == 0.5
     assert json.loads(to_json_line(eval_record(10)))["val/top1"] == 75.0
 
 
@@ -107,10 +110,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_what_a_full_disk_does_not_take_waits_in_memory_whole(small_disk):
     said: list[str] = []
     tracker = Tracker(tiny(), small_disk, Position(0, False), said.append)
-    # 100 bytes are left of the page that the file ends in: a record begins and does not fit.
+    # Less than a record is left of the page that the file ends in: the next one begins and does not fit.
     size = len(to_json_line(train_record(11))) + 1
-    assert size > 100
-    for step in range(10, 10 + (4096 - 100) // size):
+    assert 4096 % size
+    for step in range(10, 10 + 4096 // size):
         tracker.log(train_record(step))
     last = step
     fill(small_disk)

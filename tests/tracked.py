@@ -23,7 +23,7 @@ LOSS = 1.0
 
 def train_record(step: int, loss: float = LOSS) -> TrainRecord:
     speed = Speed(images_per_s=100.0, step_ms_p50=5.0, step_ms_p95=6.0, data_wait_frac=0.1, peak_mem_gib=0.5)
-    return TrainRecord(step, step / 10, step * 32, loss, 1e-3, 2.0, speed, world=2, alpha={"blocks.0.norm1": 0.5})
+    return TrainRecord(step, step / 10, step * 32, loss, 1e-3, 2.0, speed, world=2)
 
 
 def eval_record(step: int) -> EvalRecord:
