@@ -40,10 +40,8 @@ class Glance(NamedTuple):
 
 
 @torch.no_grad()
-def glance(
-    model: nn.Module, sites: Sequence[str], images: Float[Tensor, "b 3 h w"], autocast: torch.autocast
-) -> Glance:
-    """Send a few images through `model` in evaluation mode, and leave no trace of it.
+def glance(model: nn.Module, sites: Sequence[str], images: Tensor, autocast: torch.autocast) -> Glance:
+    """Send a few images, or windows of text, through `model` in evaluation mode, and leave no trace of it.
 
     Model, random generators and compiled code are as before. A site that the model does not call is left out; one that
     it calls several times is seen each time.

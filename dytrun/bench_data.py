@@ -82,8 +82,8 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
     rates, peer = _loaders(config, (data, files), device, say)
     tables = [*stages.tables, _loader_table(rates, config, device, peer)]
     values: dict[str, Any] = {
-        "data": {"name": run.data.name, "root": run.data.root, "num_train": len(data.train.labels)},
-        "recipe": run.augment.model_dump(mode="json"), "image_size": run.data.image_size, "batch": batch,
+        "data": {"name": run.images.name, "root": run.images.root, "num_train": len(data.train.labels)},
+        "recipe": run.augment.model_dump(mode="json"), "image_size": run.images.image_size, "batch": batch,
         "peer": peer, **stages.values,
         "loaders": [{"loader": one.loader, "workers": one.workers, "images_per_s": one.images_per_s.tolist(),
                      "cpu_s_per_image": one.cpu_s.tolist()} for one in rates],
@@ -129,11 +129,11 @@ def _batch(config: BenchConfig) -> int:
 def _loaded(run: RunConfig) -> Data:
     """Find the data; a training split alone will do."""
     try:
-        return load_data(run.data)
+        return load_data(run.images)
     except UserError:
-        if run.data.val_split != run.data.train_split:
+        if run.images.val_split != run.images.train_split:
             try:
-                return load_data(run.data.model_copy(update={"val_split": run.data.train_split}))
+                return load_data(run.images.model_copy(update={"val_split": run.images.train_split}))
             except UserError:
                 pass  # the first complaint is the one to hear
         raise
@@ -186,7 +186,7 @@ def _step(config: BenchConfig, num_classes: int, device: torch.device) -> tuple[
     size = bench_model.batch_size(config.bench.batch, device)
     if config.bench.batch == "auto" and device.type == "cuda":
         size = _batch(config)
-    data = config.run.data.model_copy(update={"num_classes": num_classes})
+    data = config.run.images.model_copy(update={"num_classes": num_classes})
     run = bench_model.at_rest(config.run.model_copy(update={"data": data}))
     state = bench_trainer.training_state(run, device)
     batch = bench_model.random_batch(run, size, device)
@@ -236,7 +236,7 @@ def _loader_table(rates: list[_Rates], config: BenchConfig, device: torch.device
     )
     notes.append("a core: images a second of processor time, of the processes and the rank together; on all cores: "
                  "that times their number")  # fmt: skip
-    return Table(f"the loader, {config.run.data.image_size} pixels", columns, rows, notes)
+    return Table(f"the loader, {config.run.images.image_size} pixels", columns, rows, notes)
 
 
 def _ratios(one: _Rates, first: _Rates, confidence: float) -> tuple[paired.Ratio, paired.Ratio]:

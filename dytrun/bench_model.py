@@ -62,7 +62,7 @@ def measure(config: BenchConfig, device: torch.device, say: Callable[[str], None
             values.append(_values(mode, what, arms, facts, times))
         del arms
         gc.collect()
-    return Found(tables, {"batch": size, "image_size": config.run.data.image_size, "measured": values})
+    return Found(tables, {"batch": size, "image_size": config.run.images.image_size, "measured": values})
 
 
 def _warm_libraries(device: torch.device) -> None:
@@ -87,7 +87,7 @@ def batch_size(setting: int | str, device: torch.device) -> int:
 def random_batch(config: RunConfig, size: int, device: torch.device) -> Batch:
     """Return random images and labels on the device, the same ones for every arm."""
     source = torch.Generator().manual_seed(config.seed)
-    side, classes = config.data.image_size, config.data.num_classes or 1000
+    side, classes = config.images.image_size, config.images.num_classes or 1000
     images = torch.randn(size, 3, side, side, generator=source)
     targets = torch.randint(classes, (size,), generator=source)
     return Batch(images.to(device), targets.to(device), torch.arange(size))
@@ -125,7 +125,7 @@ def _arms(config: BenchConfig, mode: str, batch: Batch, device: torch.device) ->
 
 def _model(name: str, how: str, config: RunConfig, device: torch.device) -> tuple[nn.Module, str]:
     """Return the model of an arm, and what computes its norms. `dyt` is what norm= says, if that is point-wise."""
-    model = arm.build_plain(config, config.data.num_classes or 1000)
+    model = arm.build_plain(config, config.images.num_classes or 1000)
     chosen = config.norm if isinstance(config.norm, PointWiseConfig) else None
     function = chosen.name if chosen else "dyt"
     if name == "identity":

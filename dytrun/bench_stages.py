@@ -55,9 +55,9 @@ def measure(run: RunConfig, split: Split, rounds: int) -> Found:
 
 def _times(run: RunConfig, split: Split, chosen: list[int], epoch: int) -> np.ndarray:
     """Return milliseconds of each image and stage, (images, stages)."""
-    whole, augmented = TrainImages(run, split), train_transform(run.augment, run.data)
+    whole, augmented = TrainImages(run, split), train_transform(run.augment, run.images)
     nothing_else = run.augment.model_copy(update={"hflip": 0.0, "rand_augment": None, "color_jitter": 0.0})
-    cropped = train_transform(nothing_else, run.data)
+    cropped = train_transform(nothing_else, run.images)
     indices = iter(chosen)
 
     def parts(mark: Callable[[], None]) -> None:

@@ -99,7 +99,7 @@ def _as_measured(run: RunConfig, steps: int) -> RunConfig:
 
 def training_state(run: RunConfig, device: torch.device) -> State:
     """Build the model that `norm=` says, compiled if that is asked for, and its optimizer."""
-    model, _ = arm.build_arm(run, run.data.num_classes or 1000)
+    model, _ = arm.build_arm(run, run.images.num_classes or 1000)
     model = put_on(model, run, device)
     compile_model(model, run.machine.compile)
     model.train()

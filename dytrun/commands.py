@@ -73,7 +73,7 @@ def evaluate(config: EvalConfig) -> None:
     found = launch.evaluate(config)
     if found:
         title = f"{config.dir}, {config.checkpoint} checkpoint (step {found['step']:,})"
-        terminal.accuracies(title, found["accuracy"])
+        terminal.accuracies(title, found["accuracy"], "bytes" if found["unit"] == "windows" else "images")
 
 
 def replay(config: ReplayConfig) -> bool:
@@ -93,7 +93,12 @@ def replay(config: ReplayConfig) -> bool:
         "largest gradients: " + ", ".join(f"{name} {norm:.3g}" for name, norm in found["gradients"].items()),
         "reproduced" if is_same else "not reproduced: other numbers than those that were recorded",
     ]
-    columns = ("rank", "loss", "first module with numbers that are not finite", "images whose loss is not finite")
+    columns = (
+        "rank",
+        "loss",
+        "first module with numbers that are not finite",
+        f"{found['unit']} whose loss is not finite",
+    )
     terminal.table(f"step {found['step']:,} of {config.dir}, done again", columns, rows, notes)
     return is_same
 

@@ -161,6 +161,9 @@ def _bench(values: dict[str, Any]) -> Any:
             found.append(validate(schema, part))
         except UserError as error:
             problems += error.problems
+    if not problems and found[1].data.name == "text":
+        problems.append("bench: times models of images and their loaders; for a language model's blocks say "
+                        "bench=llama without model and data")  # fmt: skip
     if problems:
         raise UserError(*problems)
     return BenchConfig(found[0].bench, found[1])

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dytrun.batch import Batch
-from dytrun.config import RunConfig
+from dytrun.batch import Batch, aligned
+from dytrun.config import RunConfig, TextConfig
 from dytrun.distributed import Place
 
 # torch 2.14 has renamed DDP's argument, and 2.11 knows only the old name.
@@ -34,7 +34,7 @@ def train_loss(net: nn.Module, batch: Batch, config: RunConfig) -> Tensor:
     smoothing = 0.0 if batch.targets.is_floating_point() else config.augment.smoothing
     with autocast(config, batch.images.device):
         logits = net(batch.images)
-    return F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing)
+    return F.cross_entropy(*aligned(logits, batch.targets), label_smoothing=smoothing)
 
 
 def distribute(model: nn.Module, place: Place, accumulation: int) -> nn.Module:
@@ -64,18 +64,23 @@ def settle(net: nn.Module, config: RunConfig, batch: int, device: torch.device) 
     Args:
         net: as `distribute` returns it.
         config: of the run.
-        batch: images of a micro-batch.
+        batch: images, or windows, of a micro-batch.
         device: of the model.
     """
     if not isinstance(net, DistributedDataParallel):
         return
-    size = config.data.image_size
     with _same_buffers(net.module):
         for _ in range(2):
             with autocast(config, device):
-                logits = net(torch.zeros(batch, 3, size, size, device=device))
+                logits = net(_blank(config, batch, device))
             logits.float().square().mean().backward()
             net.zero_grad(set_to_none=True)
+
+
+def _blank(config: RunConfig, batch: int, device: torch.device) -> Tensor:
+    if isinstance(config.data, TextConfig):
+        return torch.zeros(batch, config.data.context, dtype=torch.int64, device=device)
+    return torch.zeros(batch, 3, config.data.image_size, config.data.image_size, device=device)
 
 
 @contextmanager

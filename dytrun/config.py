@@ -6,53 +6,24 @@ Frozen pydantic models. `RunConfig` also says what a run *is*: its science, and 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from dytrun.digest import file_digest, values_digest
 from dytrun.norm_config import STRICT, Count, NormConfig, PointWiseConfig, Positive
+from dytrun.subject_config import (
+    AnyDataConfig,
+    AnyModelConfig,
+    DataConfig,
+    Fraction,
+    Slug,
+    TextConfig,
+    settled,
+    text_problems,
+    unbool,
+)  # fmt: skip
 
 NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[Positive, Positive]
-Rgb = tuple[float, float, float]
-# A slug is safe as a part of a path: the identity of a run is a directory name.
-Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
-# YAML 1.1 reads a bare `off` as false.
-_unbool = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
-
-
-class ModelConfig(BaseModel):
-    """Which timm model, built how."""
-
-    model_config = STRICT
-    name: Slug
-    """timm's name of an architecture, without weights."""
-    drop_path: Fraction | None
-    """Stochastic depth of the last block; null leaves it to the model."""
-    kwargs: dict[str, Any]
-    """The model's own construction arguments."""
-
-
-class DataConfig(BaseModel):
-    """Which images, and how they are brought to the model's size."""
-
-    model_config = STRICT
-    name: Literal["imagenet", "folder", "imagenette", "cifar10", "cifar100", "fashion_mnist", "digits", "synthetic"]
-    root: str | None
-    download: bool
-    train_split: Slug
-    val_split: Slug
-    image_size: Annotated[int, Field(ge=4, le=4096)]
-    """Side of the square image that the model sees, in pixels."""
-    mean: Rgb
-    std: tuple[Positive, Positive, Positive]
-    crop_pct: Annotated[float, Field(gt=0, le=1)] | None
-    """Share of the resized short side that the centre crop keeps in evaluation."""
-    num_classes: Annotated[int, Field(ge=2)] | None
-    num_train: Count | None
-    """Training images, for plans made without the data; the data decides."""
-    max_bad_fraction: Fraction
-    """Share of the training images that may be unreadable and replaced by others of their class."""
 
 
 class AugmentConfig(BaseModel):
@@ -113,7 +84,7 @@ class MachineConfig(BaseModel):
     """Who decodes and augments: processes of torch's DataLoader, or NVIDIA DALI."""
     max_batch_per_rank: Count | None
     eval_batch_per_rank: Count
-    compile: Annotated[Literal["off", "blocks", "model"], _unbool]
+    compile: Annotated[Literal["off", "blocks", "model"], unbool]
     channels_last: Literal["auto"] | bool
     deterministic: bool
     collective_timeout_s: Count
@@ -127,7 +98,7 @@ class TrackingConfig(BaseModel):
     """What Weights & Biases gets, and how often numbers are read from the device."""
 
     model_config = STRICT
-    mode: Annotated[Literal["auto", "online", "offline", "off"], _unbool]
+    mode: Annotated[Literal["auto", "online", "offline", "off"], unbool]
     project: Slug
     entity: Slug | None
     group: Slug | None
@@ -164,9 +135,9 @@ class RunConfig(BaseModel):
     """One training run, whole."""
 
     model_config = STRICT
-    model: ModelConfig
+    model: AnyModelConfig
     norm: NormConfig
-    data: DataConfig
+    data: AnyDataConfig
     augment: AugmentConfig
     optim: OptimConfig
     ema: EmaConfig
@@ -185,9 +156,14 @@ class RunConfig(BaseModel):
     runs_dir: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
     dry_run: bool
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settled(cls, values: Any) -> Any:
+        return settled(values)
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
-        problems = []
+        problems = text_problems(self)
         if self.optim.warmup_epochs >= self.epochs:
             problems.append(
                 f"optim.warmup_epochs: {self.optim.warmup_epochs:g} leaves nothing of epochs={self.epochs}; "
@@ -223,28 +199,31 @@ class RunConfig(BaseModel):
     def science(self) -> dict[str, Any]:
         """Everything that changes the result, as plain JSON values.
 
-        Where the data lies is no science, unless the data is known by nothing else (`data=folder`). Of `init_from` it
-        is the content that counts.
+        Where the data lies is no science, unless the data is known by nothing else (`data=folder`, a text). Of
+        `init_from` it is the content that counts.
 
         Raises:
             UserError: `init_from` cannot be read.
         """
         science = self.model_dump(mode="json", include=SCIENCE)
-        del science["data"]["download"], science["data"]["max_bad_fraction"]
-        if self.data.name == "folder" and self.data.root is not None:
+        if isinstance(self.data, TextConfig):
+            del science["augment"]
+        else:
+            del science["data"]["download"], science["data"]["max_bad_fraction"]
+        if self.data.name in ("folder", "text") and self.data.root is not None:
             science["data"]["root"] = str(Path(self.data.root).resolve())
         else:
             del science["data"]["root"]
-        if self.data.name != "synthetic":
+        if isinstance(self.data, DataConfig) and self.data.name != "synthetic":
             del science["data"]["num_train"]  # a plan's number; the data decides
         if not self.ema.enabled:
             del science["ema"]["decay"]
         if not self.optim.stop_at_spike:
             del science["optim"]["stop_at_spike"]
-        if not self.augment.mixes:
+        if "augment" in science and not self.augment.mixes:
             for key in ("mixup", "cutmix", "mix_prob", "mix_switch_prob"):
                 del science["augment"][key]
-        science["model"]["kwargs"].pop("img_size", None)  # it can only be data.image_size
+        science["model"].get("kwargs", {}).pop("img_size", None)  # it can only be data.image_size
         for key in ("include", "exclude"):
             if science["norm"].get(key):
                 science["norm"][key].sort()
@@ -259,6 +238,17 @@ class RunConfig(BaseModel):
             if self.init_part is not None:
                 science["init_part"] = self.init_part
         return science
+
+    @property
+    def images(self) -> DataConfig:
+        """The data of a run on images; asked by what no run on text comes to."""
+        assert isinstance(self.data, DataConfig)
+        return self.data
+
+    @property
+    def unit(self) -> str:
+        """What a batch is counted in."""
+        return "windows" if self.data.name == "text" else "images"
 
     @property
     def science_id(self) -> str:
@@ -329,7 +319,7 @@ class ReportConfig(BaseModel):
 
     model_config = STRICT
     dir: str
-    baseline: Slug
+    baseline: Slug | None
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     margin: Annotated[float, Field(gt=0, lt=100)]
     wandb: bool

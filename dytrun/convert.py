@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from dytrun.errors import UserError
+from dytrun.foreign import eps_of
 from dytrun.functions import FUNCTIONS
 from dytrun.norm import GroupNorm, PointWise, RmsNorm
-from dytrun.sites import KINDS, Site, chosen_by, matches, norm_sites, norms_left
+from dytrun.sites import Site, chosen_by, matches, norm_sites, norms_left
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Conversion:
     """False leaves weight and bias out."""
     num_groups: int = 1
     """Of `group`."""
-    types: Sequence[str] = ("layernorm",)
-    """Families of norms that are replaced (sites.FAMILIES)."""
+    types: Sequence[str | type[nn.Module]] = ("layernorm",)
+    """Families of norms that are replaced (sites.FAMILIES), or exact classes."""
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
 
@@ -83,13 +84,15 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
 def convert_norms(model: nn.Module, norm: Conversion | str = "dyt", **options: Any) -> list[Site]:
     """Replace the chosen norms of `model`, in place, and say which: `convert_norms(model, "derf", alpha_init=0.3)`.
 
-    `options` are fields of Conversion.
+    `options` are fields of Conversion; Derf has its shift, from 0 on, unless `shift_init` says otherwise.
     Device, dtype, training flag and requires_grad stay as they were; hooks on a norm go with it. Run it before the
     optimizer, EMA and DDP.
 
     Raises:
         UserError: as `chosen_sites`; the model is then as it was.
     """
+    if norm == "derf":
+        options = {"shift_init": 0.0} | options
     how = replace(norm, **options) if isinstance(norm, Conversion) else Conversion(norm, **options)
     sites, _ = chosen_sites(model, how)
     twins: dict[nn.Module, nn.Module] = {}
@@ -109,8 +112,9 @@ def convert_norms(model: nn.Module, norm: Conversion | str = "dyt", **options: A
 
 def _twin(norm: nn.Module, site: Site, how: Conversion, like: torch.Tensor) -> nn.Module:
     """Return what takes the place of `norm`, with its very weight and bias; what is new is as the parameter `like`."""
-    eps = getattr(norm, "eps", None)
-    twin = _layer(site, how, KINDS[type(norm)].channel_axis, torch.finfo(torch.float32).eps if eps is None else eps)
+    eps = eps_of(norm)
+    axis = -1 if site.channels_last else 1
+    twin = _layer(site, how, axis, torch.finfo(torch.float32).eps if eps is None else eps)
     twin.to(like.device, like.dtype).train(norm.training)
     if any(not parameter.requires_grad for parameter in norm.parameters(recurse=False)):
         twin.requires_grad_(False)  # alpha and shift of a frozen norm are frozen too
@@ -155,7 +159,8 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
                 yield parent, child, module
 
 
-def _titled(family: str) -> str:
-    return {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "simplenorm": "SimpleNorm", "groupnorm1": "GroupNorm1"}[
-        family
-    ]
+def _titled(kind: str | type[nn.Module]) -> str:
+    if isinstance(kind, type):
+        return kind.__name__
+    titles = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "simplenorm": "SimpleNorm", "groupnorm1": "GroupNorm1"}
+    return titles.get(kind, kind)

@@ -44,7 +44,7 @@ from dytrun.rand_augment import filling
 from dytrun.sources import Data, Split
 
 # Streams of randomness: unrelated numbers for the same (seed, step).
-INIT, _ORDER, _AUGMENT, _MIX, _SUBSTITUTE, _ERASE = range(6)
+INIT, _ORDER, _AUGMENT, _MIX, _SUBSTITUTE, _ERASE, OFFSET = range(7)
 # Evaluation batches for each loader process, below which the rank loads them itself.
 _BATCHES_WORTH_A_PROCESS = 4
 # Bytes of 8-bit images that the loader processes of a rank may hold ready, and batches for each of them.
@@ -96,12 +96,12 @@ def train_batches(
             through).
     """
     images = TrainImages(config, data.train)
-    order = _Order(len(data.train.labels), config.seed, rank_share)
+    order = Order(len(data.train.labels), config.seed, rank_share)
     if config.machine.loader == "dali":
         both = TrainImages(config, data.train, deferring), images
-        loader = _dali_loader(both, order, config.data, num_operations(config.augment), (device, workers))
+        loader = _dali_loader(both, order, config.images, num_operations(config.augment), (device, workers))
     else:
-        ready = _ready_batches(rank_share.batch_per_rank, config.data.image_size, workers)
+        ready = _ready_batches(rank_share.batch_per_rank, config.images.image_size, workers)
         loader = _loader(images, order, device, workers, ready)
     return _finished(config, data.num_classes, rank_share, device, iter(loader))
 
@@ -165,7 +165,7 @@ def epoch_order(num: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
     return np.random.Generator(np.random.Philox(key(seed, _ORDER, epoch))).permutation(num)
 
 
-class _Order:
+class Order:
     """The lists of (epoch, index) that make a rank's micro-batches."""
 
     def __init__(self, num: int, seed: int, share: RankShare):
@@ -189,10 +189,10 @@ class TrainImages(Dataset):
     """(epoch, index) → an augmented training image, as a loader process makes it."""
 
     def __init__(self, config: RunConfig, split: Split, made: _Made = transform):
-        self.split, self._seed, self._size = split, config.seed, config.data.image_size
-        self._transform, self._erase_prob = made(train_drawer(config.augment, config.data)), config.augment.erase_prob
+        self.split, self._seed, self._size = split, config.seed, config.images.image_size
+        self._transform, self._erase_prob = made(train_drawer(config.augment, config.images)), config.augment.erase_prob
         # A random crop comes before its resizing, and makes no image larger than it is.
-        self._resized = eval_resize(config.data) if config.augment.scale is None else None
+        self._resized = eval_resize(config.images) if config.augment.scale is None else None
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> _Sample:
         """Draw and compute one image; another of its class stands in for one that cannot be read."""
@@ -306,8 +306,8 @@ def _loader(
 def _finished(
     config: RunConfig, num_classes: int, share: RankShare, device: torch.device, loaded: Iterator[_Loaded]
 ) -> Iterator[Batch]:
-    finish, augment = Finish(config.data, config.augment.erase_mode, device), config.augment
-    draw = mixing_drawer(augment, num_classes, config.data.image_size)
+    finish, augment = Finish(config.images, config.augment.erase_mode, device), config.augment
+    draw = mixing_drawer(augment, num_classes, config.images.image_size)
     for count, (images, labels, indices, erased, bad) in enumerate(_on_device(readable(loaded), device)):
         step, micro = divmod(count, share.accumulation)
         seeded(config.seed, _MIX, share.first_step + step, share.offset(micro))

@@ -98,9 +98,13 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Make the floating-point buffers of a model (BatchNorm's statistics) their mean over all ranks, in place."""
+    """Make the floating-point buffers of a model (BatchNorm's statistics) their mean over all ranks, in place.
+
+    Those that no state dict has are constants, and a mean of three equal numbers may be another number.
+    """
     if world_size() > 1:
-        for buffer in model.buffers():
+        kept = model.state_dict().keys()
+        for buffer in (buffer for name, buffer in model.named_buffers() if name in kept):
             if buffer.is_floating_point():
                 buffer.copy_(all_sum(buffer.clone()) / world_size())
 

@@ -214,7 +214,7 @@ def _share_bad_images(under: Underway) -> Iterator[Remark]:
     state, known = under.state, len(under.state.bad_images)
     for one in gather({index: image for index, image in under.bad_images.items() if index not in state.bad_images}):
         state.bad_images |= one
-    count, num, limit = len(state.bad_images), under.around.num_train, under.config.data.max_bad_fraction
+    count, num, limit = len(state.bad_images), under.around.num_train, under.config.images.max_bad_fraction
     if count > limit * num:
         first = min(state.bad_images.items())[1]
         said = (

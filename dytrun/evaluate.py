@@ -1,4 +1,7 @@
-"""Exact accuracy over an unpadded split: integer counts, every image once, whatever the ranks and the batch."""
+"""Exact accuracy over an unpadded split: integer counts, every image once, whatever the ranks and the batch.
+
+What is said of images holds for windows of text, in each of which many bytes are predicted.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dytrun.batch import Batch
+from dytrun.batch import NO_TARGET, Batch, aligned
 from dytrun.distributed import all_sum, gather, is_first
 from dytrun.errors import UserError
 from dytrun.records import Accuracy
@@ -48,8 +51,8 @@ def evaluate(
         UserError: images cannot be read: names them on the first rank, and says nothing on the others.
     """
     device = next(model.parameters()).device
-    # One row an image: seen, top-1 hit, top-5 hit. Nothing is read from the device before the end.
-    hits = torch.zeros(num, 3, dtype=torch.int32, device=device)
+    # One row an image: seen, predictions, top-1 hits, top-5 hits. Nothing is read from the device before the end.
+    hits = torch.zeros(num, 4, dtype=torch.int32, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -58,22 +61,23 @@ def evaluate(
             images, labels, positions = batch.images, batch.targets, batch.indices
             with autocast:
                 logits = model(images)
-            logits = logits.float()
-            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            rows, goals = aligned(logits, labels)
+            top = rows.topk(min(5, rows.shape[1]), dim=1).indices == goals[:, None]
+            counts = torch.stack([goals != NO_TARGET, top[:, 0], top.any(dim=1)], dim=1).int()
             hits[positions, 0] += 1
-            hits[positions, 1] += top[:, 0].int()
-            hits[positions, 2] += top.any(dim=1).int()
-            loss += F.cross_entropy(logits, labels, reduction="sum").double()
+            hits[positions, 1:] += counts.view(len(positions), -1, 3).sum(1, dtype=torch.int32)
+            loss += F.cross_entropy(rows, goals, reduction="sum").double()
     finally:
         model.train(was_training)
     hits, loss = all_sum(hits).cpu(), all_sum(loss).item()
     assert bool((hits[:, 0] == 1).all()), "an image of the split was not seen exactly once"
+    predictions, top1, top5 = hits[:, 1:].sum(0).tolist()
     return Accuracy(
-        num=num,
-        top1_count=int(hits[:, 1].sum()),
-        top5_count=int(hits[:, 2].sum()),
-        loss=loss / num,
-        correct=hits[:, 1].bool().numpy(),
+        num=predictions,
+        top1_count=top1,
+        top5_count=top5,
+        loss=loss / predictions,
+        correct=hits[:, 2].bool().numpy() if predictions == num else None,
     )
 
 

@@ -12,16 +12,19 @@ _USUAL: dict[str, Any] = {
 _MOST_CHARS = 128
 
 
-def arm_label(norm: Mapping[str, Any]) -> str:
-    """Name an arm by its norm and those of its settings that are not the usual ones; `norm` as in a run's science."""
-    settings = {key: value for key, value in norm.items() if key != "name" and _USUAL.get(key, ...) != value}
+def arm_label(science: Mapping[str, Any]) -> str:
+    """Name an arm by its norm and those of its settings that are not the usual ones of its model."""
+    norm, usual = science["norm"], dict(_USUAL)
+    if science.get("model", {}).get("name") == "llama":
+        usual["types"] = ["rmsnorm"]
+    settings = {key: value for key, value in norm.items() if key != "name" and usual.get(key, ...) != value}
     return " ".join([norm["name"], *(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
                                      for key, value in settings.items())])  # fmt: skip
 
 
 def run_label(science: Mapping[str, Any]) -> str:
     """Name a run by what a reader of a list looks for: arm and seed first, then model and data."""
-    arm = arm_label(science["norm"]).replace("alpha_init=", "α0=")
+    arm = arm_label(science).replace("alpha_init=", "α0=")
     label = f"{arm} s{science['seed']} · {science['model']['name']} {science['data']['name']}"
     return label if len(label) <= _MOST_CHARS else f"{label[: _MOST_CHARS - 1]}…"
 

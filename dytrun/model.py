@@ -8,8 +8,9 @@ import torch._dynamo
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dytrun.config import ModelConfig, RunConfig
+from dytrun.config import RunConfig
 from dytrun.errors import UserError, first_line
+from dytrun.subject_config import ModelConfig
 from dytrun.validation import near
 
 

@@ -26,7 +26,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     batch_per_rank: int
-    """Images of a micro-batch on one rank."""
+    """Images, or windows, of a micro-batch on one rank."""
     accumulation: int
     """Micro-batches of an optimizer step on one rank."""
 
@@ -39,7 +39,7 @@ def plan_steps(config: RunConfig, num_train: int, world: int) -> Plan:
     """
     batch, limit = config.global_batch, config.machine.max_batch_per_rank
     if num_train < batch:
-        raise UserError(f"global_batch: {batch} is more than the {num_train} training images; lower it")
+        raise UserError(f"global_batch: {batch} is more than the {num_train} training {config.unit}; lower it")
     if batch % world:
         raise UserError(f"global_batch: {batch} cannot be split over {world} ranks; choose a multiple of {world}")
     share = batch // world
@@ -64,7 +64,7 @@ def _accumulation(share: int, limit: int, in_pairs: bool) -> int:
         )
     if 4 * sizes[0] < limit:
         raise UserError(
-            f"machine.max_batch_per_rank: a rank's {share} images of the global batch split into equal micro-batches "
+            f"machine.max_batch_per_rank: a rank's {share} of the global batch split into equal micro-batches "
             f"of {sizes[0]} at most, far below the limit of {limit}; change global_batch or the limit"
         )
     return share // sizes[0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dytrun.contrast import Arm, Rule, contrasts
+from dytrun.errors import UserError
 from dytrun.labels import arm_label
 from dytrun.records import RunResult, difference
 from dytrun.runs import Run
@@ -25,11 +26,15 @@ class Pair:
     """What each arm says; none where there is no baseline."""
 
 
-def pair_runs(runs: Sequence[Run], baseline: str, rule: Rule) -> tuple[list[Pair], list[str]]:
-    """Sort runs into pairs; say which comparisons are not made, and why."""
+def pair_runs(runs: Sequence[Run], asked: str | None, rule: Rule) -> tuple[list[Pair], list[str]]:
+    """Sort runs into pairs; say which comparisons are not made, and why. `asked` is the norm of the baseline.
+
+    Raises:
+        UserError: no run has that norm.
+    """
     refused = []
-    if baseline not in (norms := sorted({run.result.norm for run in runs})):
-        refused.append(f"no run has norm={baseline}, the baseline; there are runs with {', '.join(norms)}")
+    if asked is not None and asked not in (norms := sorted({run.result.norm for run in runs})):
+        raise UserError(f"baseline: no run has norm={asked}; there are runs with {', '.join(norms)}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.result.pair_id, []).append(run)
@@ -38,6 +43,7 @@ def pair_runs(runs: Sequence[Run], baseline: str, rule: Rule) -> tuple[list[Pair
         if unlike := _other_images(members):
             refused.append(f"{pair_id}: {unlike}")
             continue
+        baseline = _baseline(members, asked)
         pairs.append(_pair(pair_id, members, baseline, rule))
         unknown = [run.name for run in members if run.hits is not None and not run.result.data_fingerprint]
         if unknown:
@@ -46,10 +52,20 @@ def pair_runs(runs: Sequence[Run], baseline: str, rule: Rule) -> tuple[list[Pair
     return pairs, refused
 
 
+def _baseline(members: Sequence[Run], asked: str | None) -> str:
+    """Return the norm that the others of a pair are compared with: ln, else rms, else the first, if none is asked for.
+
+    A lone norm has no other to be compared with; it lacks the one that its model usually has.
+    """
+    norms = sorted({run.result.norm for run in members})
+    usual = "rms" if members[0].result.science["data"].get("name") == "text" else "ln"
+    return asked or next((one for one in ("ln", "rms") if one in norms), norms[0] if len(norms) > 1 else usual)
+
+
 def _pair(pair_id: str, members: list[Run], baseline: str, rule: Rule) -> Pair:
     by_arm: dict[str, list[Run]] = {}
     for run in members:
-        by_arm.setdefault(arm_label(run.result.science["norm"]), []).append(run)
+        by_arm.setdefault(arm_label(run.result.science), []).append(run)
     first = members[0].result
     # A norm with several settings is no baseline: it is not one arm.
     candidates = [label for label, runs in by_arm.items() if runs[0].result.norm == baseline]
@@ -62,10 +78,13 @@ def _pair(pair_id: str, members: list[Run], baseline: str, rule: Rule) -> Pair:
         there = f"{baseline} has {len(candidates)} settings here" if candidates else f"no run of {baseline}"
         verdict, verdicts = f"Nothing is compared: {there}.", []
     splits = {(run.result.ranks, run.result.machine.get("batch_per_rank")) for run in members if run.result.machine}
-    if verdicts and len(splits) > 1 and "mixup" in first.science["augment"]:
+    if verdicts and len(splits) > 1 and "mixup" in first.science.get("augment", {}):
         verdicts.append("Its runs split the batch differently over ranks or micro-batches, so images were mixed with "
                         "other partners: the arms differ in that too.")  # fmt: skip
-    return Pair(pair_id, first.model, str(first.science["data"].get("name")), arms, verdict, verdicts)
+    data = str(first.science["data"].get("name"))
+    if data == "text":
+        verdict, *verdicts = (said.replace("top-1", "next-byte top-1") for said in (verdict, *verdicts))
+    return Pair(pair_id, first.model, data, arms, verdict, verdicts)
 
 
 def _other_images(members: Sequence[Run]) -> str | None:

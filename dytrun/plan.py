@@ -6,13 +6,15 @@ from typing import NamedTuple
 from torch import nn
 
 from dytrun import machine, optim
-from dytrun.arm import build_arm, build_plain, conversion
+from dytrun.arm import build_arm, build_plain, conversion, is_scaled
 from dytrun.augment import eval_resize
-from dytrun.config import PointWiseConfig, RunConfig
+from dytrun.config import PointWiseConfig, RunConfig, TextConfig
 from dytrun.convert import chosen_sites
+from dytrun.feed import load
 from dytrun.model import check_forward, trainable
 from dytrun.sites import Site, norm_sites, norms_left
-from dytrun.sources import load_data
+from dytrun.subject_config import LlamaConfig
+from dytrun.text import NUM_BYTES, TextData
 from dytrun.warmstart import load_start
 
 _SITE_COLUMNS = ("site", "class", "channels", "layout", "role", "block", "becomes", "alpha_init")
@@ -36,38 +38,29 @@ def outline(config: RunConfig) -> Outline:
     """
     _, world = machine.resolve_devices(config.machine.devices)
     # The model first: it can be wrong without any data at hand.
-    model, _ = build_arm(config, config.data.num_classes or 2, device="meta")
-    root = config.data.root
-    if config.dry_run and config.data.name == "imagenet" and not (root and Path(root).is_dir()):
-        # A plan can be made where the data is not: ImageNet's counts are known.
-        num_train, num_classes = config.data.num_train or 0, config.data.num_classes or 0
-        missing = f"data.root={root} is not on this machine" if root else "data.root is not set"
-        images = f"{num_train:,} training images, {num_classes} classes ({missing}: needed to train)"
-    else:
-        data = load_data(config.data)
-        machine.check_loader(config.machine.loader, config.data.name, bool(data.train.paths))
-        num_train, num_classes = len(data.train.labels), data.num_classes
-        images = f"{num_train:,} training and {len(data.val.labels):,} validation images, {num_classes} classes"
-        images += f"; a pack: {data.pack}" if data.pack else ""
+    is_text = isinstance(config.data, TextConfig)
+    known = NUM_BYTES if is_text else config.images.num_classes
+    model, _ = build_arm(config, known or 2, device="meta")
+    num_train, num_classes, what = _found(config)
     steps = optim.plan_steps(config, num_train, world)
-    if config.data.num_classes is None:
+    if known is None:
         model, _ = build_arm(config, num_classes, device="meta")
-    check_forward(model, config.model.name, num_classes, config.data.image_size)
+    if not is_text:
+        check_forward(model, config.model.name, num_classes, config.images.image_size)
     plain = build_plain(config, num_classes, device="meta")
     chosen, left = _sites(config, plain)
-    drop_path = "the model's own" if config.model.drop_path is None else f"{config.model.drop_path:g}"
     batch = (f"{config.global_batch} = {world} rank(s) × {steps.accumulation} micro-batch(es) × "
              f"{steps.batch_per_rank}")  # fmt: skip
     rows = [
         ("run", f"{config.run_dir}"),
         *_published(config),
-        ("model", f"{config.model.name}: {trainable(model):,} parameters, {config.data.image_size} px, drop-path "
-         f"{drop_path}" + "".join(f", {key}={value}" for key, value in config.model.kwargs.items())),
+        ("model", f"{config.model.name}: {trainable(model):,} parameters, {_built(config)}"),
         ("norm", _norm(config, model, chosen, left)),
-        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_other_arm(config, plain)}"),
+        ("arms", f"pair {config.pair_id}, arm {config.norm.name}; {_other_arm(config, plain, trainable(model))}"),
         *_start(config, model, num_train),
-        ("data", f"{config.data.name}: {images}"),
-        *_recipe(config),
+        ("data", f"{config.data.name}: {what}"),
+        *(_text_recipe(config) if is_text else _image_recipe(config)),
+        *_optimizer(config),
         ("steps", f"{steps.total_steps:,} = {config.epochs} epochs × {steps.steps_per_epoch}"),
         ("batch", batch),
         ("schedule", f"lr 0 → {config.optim.lr:g} in {steps.warmup_steps:,} steps, cosine → {config.optim.min_lr:g}"
@@ -79,6 +72,50 @@ def outline(config: RunConfig) -> Outline:
     table = [_site_row(site, config.norm.name if site in chosen else "itself")
              for site in sorted([*chosen, *left], key=lambda site: places[site.name])]  # fmt: skip
     return Outline(rows, _SITE_COLUMNS, table)
+
+
+def _found(config: RunConfig) -> tuple[int, int, str]:
+    """Return how many training images or windows there are, the classes, and both in words."""
+    data = config.data
+    if config.dry_run and data.name == "imagenet" and not (data.root and Path(data.root).is_dir()):
+        # A plan can be made where the data is not: ImageNet's counts are known.
+        num_train, num_classes = data.num_train or 0, data.num_classes or 0
+        missing = f"data.root={data.root} is not on this machine" if data.root else "data.root is not set"
+        return (
+            num_train,
+            num_classes,
+            f"{num_train:,} training images, {num_classes} classes ({missing}: needed to train)",
+        )
+    found = load(config)
+    if isinstance(found, TextData):
+        where = config.data.root or "docstrings of Python's standard library"
+        return (
+            found.train.num,
+            found.num_classes,
+            (
+                f"{where}; {len(found.train.content):,} training and {len(found.val.content):,} validation bytes; "
+                f"{found.train.num:,} training windows of {found.train.context} bytes"
+            ),
+        )
+    machine.check_loader(config.machine.loader, data.name, bool(found.train.paths))
+    what = f"{found.train.num:,} training and {found.val.num:,} validation images, {found.num_classes} classes"
+    return found.train.num, found.num_classes, what + (f"; a pack: {found.pack}" if found.pack else "")
+
+
+def _built(config: RunConfig) -> str:
+    """Say how a model is built."""
+    model = config.model
+    if isinstance(model, LlamaConfig):
+        scale = (
+            "a learnable scalar after the embedding"
+            if is_scaled(model, config.norm)
+            else "no scalar after the embedding"
+        )
+        return f"width {model.width}, {model.depth} layers, {model.heads} heads, feed-forward {model.hidden}, {scale}"
+    drop_path = "the model's own" if model.drop_path is None else f"{model.drop_path:g}"
+    return f"{config.images.image_size} px, drop-path {drop_path}" + "".join(
+        f", {key}={value}" for key, value in model.kwargs.items()
+    )
 
 
 def _sites(config: RunConfig, plain: nn.Module) -> tuple[list[Site], list[Site]]:
@@ -120,9 +157,15 @@ def _norm(config: RunConfig, model: nn.Module, chosen: list[Site], left: list[Si
     return text + "; left alone: " + (", ".join(f"{count} {kind}" for kind, count in others.items()) or "none")
 
 
-def _recipe(config: RunConfig) -> list[tuple[str, str]]:
-    """Say everything of the recipe that is no count."""
-    augment, data, optimizer = config.augment, config.data, config.optim
+def _text_recipe(config: RunConfig) -> list[tuple[str, str]]:
+    weights = "raw and EMA" if config.ema.enabled else "raw"
+    return [("evaluation", "every validation byte but the first once, from those before it in its window; mean loss in "
+             f"nats a byte; {weights} weights")]  # fmt: skip
+
+
+def _image_recipe(config: RunConfig) -> list[tuple[str, str]]:
+    """Say what happens to images."""
+    augment, data = config.augment, config.images
     resized = eval_resize(data)
     crop = "resized, no random crop"
     if augment.scale:
@@ -135,13 +178,19 @@ def _recipe(config: RunConfig) -> list[tuple[str, str]]:
               f"{augment.mix_switch_prob:g}" if augment.mixes else "none")  # fmt: skip
     mean, std = ("/".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
     where = f"resize {resized}, centre crop {data.image_size}" if resized else f"warp to {data.image_size}"
-    clip = "no clipping" if optimizer.clip_grad is None else f"gradient norm clipped at {optimizer.clip_grad:g}"
     weights = "raw and EMA" if config.ema.enabled else "raw"
-    ema = f"decay {config.ema.decay:g}, from the first step" if config.ema.enabled else "none"
     return [
         ("augment", f"{crop}; flip {augment.hflip:g}; {policy}; {erase}"),
         ("mixing", f"{mixing}; label smoothing {augment.smoothing:g}"),
         ("evaluation", f"{where}, bicubic; mean {mean}, std {std}; {weights} weights"),
+    ]  # fmt: skip
+
+
+def _optimizer(config: RunConfig) -> list[tuple[str, str]]:
+    optimizer = config.optim
+    clip = "no clipping" if optimizer.clip_grad is None else f"gradient norm clipped at {optimizer.clip_grad:g}"
+    ema = f"decay {config.ema.decay:g}, from the first step" if config.ema.enabled else "none"
+    return [
         ("optimizer", f"AdamW, betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}, eps {optimizer.eps:g}, weight "
          f"decay {optimizer.weight_decay:g} (not on 1-d parameters: alpha, weight and bias of norms), {clip}"),
         ("EMA", ema),
@@ -177,10 +226,16 @@ def _start(config: RunConfig, model: nn.Module, num_train: int) -> list[tuple[st
     return rows
 
 
-def _other_arm(config: RunConfig, plain: nn.Module) -> str:
+def _other_arm(config: RunConfig, plain: nn.Module, mine: int) -> str:
     """Say what the other arm of the pair is."""
-    if config.norm.name != "ln":
-        return f"the twin with norm=ln has {trainable(plain):,} parameters"
+    baseline = "rms" if config.data.name == "text" else "ln"
+    if config.norm.name != baseline:
+        return f"the twin with norm={baseline} has {trainable(plain):,} parameters"
+    if config.norm.name == "rms":
+        sites = norm_sites(plain, config.norm.types)
+        # Each twin has an alpha, and the embedding its scalar unless it is on, or off, in both.
+        scalars = len(sites) + (isinstance(config.model, LlamaConfig) and config.model.embedding_scale == "auto")
+        return f"the twin with norm=dyt has {mine + scalars:,} parameters"
     sites = norm_sites(plain)
     if not sites or not all(site.has_twin for site in sites):
         return "no twin with norm=dyt (it has no LayerNorm that can be converted)"
@@ -192,12 +247,13 @@ def _advice(config: RunConfig, steps: optim.Plan) -> list[tuple[str, str]]:
     if config.ema.enabled and (memory := 1 / (1 - config.ema.decay)) * 3 > steps.total_steps:
         rows.append(("EMA advice", f"ema.decay={config.ema.decay:g} averages over about {memory:,.0f} steps, and this "
                      f"run has {steps.total_steps:,}: it will lag behind; ema=off, or a smaller decay"))  # fmt: skip
-    if config.global_batch != optim.PAPER_BATCH:
+    if config.data.name != "text" and config.global_batch != optim.PAPER_BATCH:
         scaled = optim.PAPER_LR * config.global_batch / optim.PAPER_BATCH
         rows.append(("lr rule", f"optim.lr is absolute and does not scale by itself; the paper's {optim.PAPER_LR:g} at "
                      f"{optim.PAPER_BATCH} scaled linearly to {config.global_batch} is {scaled:.3g}"))  # fmt: skip
     if config.precision == "fp32":
-        rows.append(("precision", "fp32 with TF32 products on CUDA, as the paper's ImageNet runs; precision=bf16 is "
+        alike = "" if config.data.name == "text" else ", as the paper's ImageNet runs"
+        rows.append(("precision", f"fp32 with TF32 products on CUDA{alike}; precision=bf16 is "
                      "the faster choice on a GPU"))  # fmt: skip
     else:
         rows.append(("precision", f"{config.precision} autocast, float32 weights"))

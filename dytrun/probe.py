@@ -131,6 +131,9 @@ def config_of(config: ProbeConfig) -> RunConfig:
         UserError: there is no such run, or its norms have nothing to be probed.
     """
     trained = run.elsewhere(run.load_config(Path(config.dir)), config.data_root)
+    if trained.data.name == "text":
+        raise UserError(f"{config.dir}: trained on text, and dytrun probe looks at images; what its norms did while it "
+                        "trained is in metrics.jsonl (tracking.probe_every_steps)")  # fmt: skip
     if trained.norm.name == "identity":
         raise UserError(f"{config.dir}: its norms are straight lines (norm=identity) and have no curve to be seen; "
                         "probe a run with another norm")  # fmt: skip
@@ -152,7 +155,7 @@ def look(config: ProbeConfig, trained: RunConfig, say: Callable[[str], None]) ->
     devices, _ = machine.resolve_devices("auto")
     device = torch.device("cpu") if devices is None else torch.device("cuda", devices[0])
     machine.prepare_torch(trained.machine, device)
-    data = load_data(trained.data)
+    data = load_data(trained.images)
     chosen = spread_over_classes(data.val, config.batches, config.batch)
     model, norms = build_arm(trained, data.num_classes)
     sites = [site for site in norms if site.has_twin]
@@ -162,7 +165,7 @@ def look(config: ProbeConfig, trained: RunConfig, say: Callable[[str], None]) ->
     say(f"{len(sites)} sites, {len(chosen)} validation images, on {machine.device_name(device)}")
     workers = machine.worker_count(config.workers, device)
     here = 0, 1, device
-    batches = ValBatches(trained.data, data.val.part(chosen), config.batch, workers, here, trained.machine.loader)
+    batches = ValBatches(trained.images, data.val.part(chosen), config.batch, workers, here, trained.machine.loader)
     watches = {site.name: Watch(site, model.get_submodule(site.name), config.batches) for site in sites}
 
     def see(name: str, norm: nn.Module, x: Tensor, _: Tensor) -> None:

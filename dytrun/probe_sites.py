@@ -17,7 +17,7 @@ from dytrun.calibrate import fit
 from dytrun.errors import UserError
 from dytrun.functions import BOUNDS, FUNCTIONS
 from dytrun.norm import PointWise
-from dytrun.sites import KINDS, Site
+from dytrun.sites import Site
 
 # Deviation from the straight line through f's origin, as a share of half of f's range, up to which an input is linear.
 LINEAR = 0.01
@@ -117,7 +117,7 @@ class Watch:
 
     def __init__(self, site: Site, norm: nn.Module, num_batches: int):
         self.site, self.norm = site, norm
-        self._axis = KINDS[type(norm)].channel_axis if type(norm) in KINDS else int(getattr(norm, "channel_axis", -1))
+        self._axis = -1 if site.channels_last else 1
         self._rows_a_batch = -(-_MAX_ROWS // num_batches)
         self._sizes: list[int] = []
         self._moments: list[Tensor] = []

@@ -94,15 +94,18 @@ class ProbeRecord:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Integer counts over a split, every image once."""
+    """Integer counts over a split, every image once; of a text, every byte but the first."""
 
     num: int
     top1_count: int
     top5_count: int
     loss: float
     """Mean cross-entropy with hard labels."""
-    correct: np.ndarray
-    """Top-1 hit or miss of each image, bool, in the order of the split."""
+    correct: np.ndarray | None
+    """Top-1 hit or miss of each image, bool, in the order of the split.
+
+    None of a text: bytes that are neighbours are no independent cases, as a comparison case by case would take them.
+    """
 
     @property
     def top1(self) -> float:

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dytrun.agreement import Diverged
-from dytrun.batch import Batch
+from dytrun.batch import Batch, aligned
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.compute import train_loss
 from dytrun.config import RunConfig
-from dytrun.data import RankShare, train_batches
+from dytrun.data import RankShare
 from dytrun.distributed import Place, all_sum, broadcast_tensors, from_first, gather
 from dytrun.errors import UserError
+from dytrun.feed import AnyData, train_feed
 from dytrun.optim import Plan
 from dytrun.records import write_json
-from dytrun.sources import Data, fingerprint_difference
+from dytrun.sources import fingerprint_difference
 from dytrun.surroundings import Surroundings
 
 _FOLDER = "diverged"
@@ -60,7 +61,9 @@ def keep(directory: Path, model: nn.Module, around: Surroundings, error: Diverge
     return from_first(write)
 
 
-def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, Plan], place: Place) -> dict[str, Any]:
+def again(
+    config: RunConfig, directory: Path, data: AnyData, arm: tuple[nn.Module, Plan], place: Place
+) -> dict[str, Any]:
     """Do the kept step again, up to its gradients.
 
     Args:
@@ -94,21 +97,20 @@ def again(config: RunConfig, directory: Path, data: Data, arm: tuple[nn.Module, 
     if found["data"] != data.facts:
         raise UserError(f"data_root: not the data of the run ({fingerprint_difference(found['data'], data.facts)})")
     model.load_state_dict(broadcast_tensors(kept[0] if kept else None, place.device))
-    share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch, step,
-                      step + 1)  # fmt: skip
+    counts = plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch
+    share = RankShare(place.rank, place.world, *counts, step, step + 1)
     model.train()
     loss, images = torch.zeros(()), []
     with _Watch(model) as watch:
         # One after the other: what the model draws is keyed when its micro-batch is handed over.
-        for batch in train_batches(config, data, share, place.device, 0):
+        for batch in train_feed(config, data, share, place.device, 0):
             loss += watch.backward(batch, config, plan.accumulation)
             images.append(batch.indices.tolist())
     grads = {name: all_sum(p.grad) / place.world for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: float(grad.norm()) for name, grad in grads.items()}
     worst = sorted(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf, reverse=True)
-    mine = {"rank": place.rank, "loss": float(loss), "images": images,
-            "images_not_finite": watch.images, "first_module": watch.module}  # fmt: skip
-    ranks = gather(mine)
+    ranks = gather({"rank": place.rank, "loss": float(loss), "images": images,
+                    "images_not_finite": watch.images, "first_module": watch.module})  # fmt: skip
     seen = {
         "step": step,
         "recorded": found["numbers"],
@@ -161,8 +163,8 @@ class _Watch:
         """Add the gradients of one of a step's micro-batches; return its share of the loss."""
         loss = train_loss(self._model, batch, config) / accumulation
         loss.backward()
-        losses = F.cross_entropy(self._logits.float(), batch.targets, reduction="none")
-        self.images += batch.indices[~torch.isfinite(losses).cpu()].tolist()
+        losses = F.cross_entropy(*aligned(self._logits, batch.targets), reduction="none").view(len(batch.indices), -1)
+        self.images += batch.indices[~torch.isfinite(losses).all(1).cpu()].tolist()
         return loss.detach().cpu()
 
     def _seer(self, name: str) -> Any:

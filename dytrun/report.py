@@ -18,8 +18,8 @@ _DATA_BOUND = 0.1
 
 COLUMNS = (
     "pair", "model", "data", "norm", "n", "top-1 %", "published %", "difference to baseline", "p (Holm)",
-    "equal within margin", "over images", "EMA top-1 %", "images/s", "× baseline", "peak GiB", "data wait",
-    "norm implementation",
+    "equal within margin", "over images", "EMA top-1 %", "loss", "images/s", "× baseline", "peak GiB",
+    "data wait", "norm implementation",
 )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ class Report:
     """What a directory of runs says; report.json is its fields."""
 
     directory: str
-    baseline: str
+    baseline: str | None
+    """As it was asked for."""
     confidence: float
     margin: float
     """Points of top-1 within which two arms count as equal."""
@@ -58,6 +59,10 @@ class Report:
             lines.append(
                 "Where the data wait is large, the images/s may say more about the loader than about the norm."
             )
+        if any(pair.data == "text" for pair in self.pairs):
+            lines.append("Where data is text: the loss is in nats a byte over every validation byte, top-1 the share "
+                         "of bytes guessed first (next-byte accuracy), images/s are windows of text a second. Nothing "
+                         "is compared byte by byte: neighbours are no independent cases.")  # fmt: skip
         return lines + [f"Not compared: {reason}" for reason in self.refused]
 
 
@@ -101,6 +106,7 @@ def _row(pair: Pair, arm: Arm) -> list[str]:
         _same(arm),
         _over_images(arm),
         _spread(arm.ema_top1),
+        _spread(arm.val_loss, 4) if pair.data == "text" else "",
         f"{arm.images_per_s:,.0f}" if arm.images_per_s else "–",
         f"{arm.speed_ratio:.2f}" if arm.speed_ratio else "",
         f"{arm.peak_mem_gib:.2f}" if arm.peak_mem_gib else "–",
@@ -159,7 +165,7 @@ def _footnotes(arms: Sequence[Arm]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _spread(found: Sample | None) -> str:
+def _spread(found: Sample | None, digits: int = 2) -> str:
     if found is None:
         return "–"
-    return f"{found.mean:.2f}" + (f" ± {found.std:.2f}" if found.std is not None else "")
+    return f"{found.mean:.{digits}f}" + (f" ± {found.std:.{digits}f}" if found.std is not None else "")

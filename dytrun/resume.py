@@ -19,8 +19,9 @@ from dytrun.compute import autocast
 from dytrun.config import RunConfig
 from dytrun.distributed import Place, broadcast_tensors, from_first
 from dytrun.errors import UserError
+from dytrun.feed import AnyData
 from dytrun.owner import amend_start
-from dytrun.sources import Data, fingerprint_difference
+from dytrun.sources import fingerprint_difference
 from dytrun.usage import CONF
 
 # Parts of a configuration that do not change the result.
@@ -61,7 +62,7 @@ def newest(store: Store, place: Place) -> tuple[Checkpoint | None, list[str]]:
     return Checkpoint(step, tensors, state), said
 
 
-def check_data(saved: Checkpoint | None, data: Data, root: str | None) -> None:
+def check_data(saved: Checkpoint | None, data: AnyData, root: str | None) -> None:
     """Refuse to go on with other data than a run began with.
 
     Raises:

@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ from dytrun.arm import build_arm
 from dytrun.checkpoint import Store
 from dytrun.compute import autocast
 from dytrun.config import EvalConfig, ReplayConfig, RunConfig
-from dytrun.data import RankShare, ValBatches, train_batches
+from dytrun.data import RankShare
 from dytrun.distributed import Place, barrier, from_first, gather, session
 from dytrun.engine import evaluate_state, fit, interrupted
 from dytrun.errors import RunError, UserError
 from dytrun.evaluate import Halted, evaluate
+from dytrun.feed import AnyData, load, train_feed, val_feed
 from dytrun.model import compile_model, put_on, trainable
 from dytrun.processes import end_loaders
 from dytrun.records import Accuracy, EvalRecord, Position, Record, Remark, RunResult, whole_file, write_json
-from dytrun.sources import Data, load_data
+from dytrun.sources import Data
 from dytrun.state import State, build_state, restore, speed_so_far, to_be_saved
 from dytrun.stop import Stop
 from dytrun.surroundings import Surroundings
@@ -78,8 +80,8 @@ def train_here(config: RunConfig, directory: Path, place: Place, stop: Stop) -> 
 
 def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None:
     machine.prepare_torch(config.machine, place.device)
-    data = load_data(config.data)
-    plan = optim.plan_steps(config, len(data.train.labels), place.world)
+    data = load(config)
+    plan = optim.plan_steps(config, data.train.num, place.world)
     model, sites = build_arm(config, data.num_classes)
     model = put_on(model, config, place.device)
     store = Store(directory / "checkpoints", config.checkpoint.keep)
@@ -89,22 +91,20 @@ def _train(config: RunConfig, directory: Path, place: Place, stop: Stop) -> None
     share = RankShare(place.rank, place.world, plan.batch_per_rank, plan.accumulation, plan.steps_per_epoch,
                       saved.step if saved else 0, plan.total_steps)  # fmt: skip
     here = place.rank, place.world, place.device
-    build = resume.build(config, place, plan, versions())
+    build = resume.build(config, place, plan, versions(config))
     with watchdog.Watchdog(place, directory / ".hang", config.machine.hang_timeout_s) as dog:
         around = Surroundings(
             plan=plan,
             place=place,
             clock=Clock(place.device, config.global_batch),
-            train=train_batches(config, data, share, place.device, workers),
-            val=ValBatches(
-                config.data, data.val, config.machine.eval_batch_per_rank, workers, here, config.machine.loader
-            ),
-            num_val=len(data.val.labels),
+            train=train_feed(config, data, share, place.device, workers),
+            val=val_feed(config, data, config.machine.eval_batch_per_rank, workers, here),
+            num_val=data.val.num,
             store=store,
             sites=[site.name for site in sites],
             stopped_by=stop.asked_by,
             beat=dog.beat,
-            num_train=len(data.train.labels),
+            num_train=data.train.num,
             facts={"build": build, "data": data.facts},
         )
         if saved is None:
@@ -134,7 +134,7 @@ def _lead(
 ) -> None:
     """Train as the first rank: the one that shows, logs and writes. `known` of the result, and what is to be said."""
     result, said = known
-    display, ended = terminal.Display(config.run_name, around.plan.total_steps, state.step), None
+    display, ended = terminal.Display(config.run_name, around.plan.total_steps, state.step, config.unit), None
     for line in said:
         display.note(line)
     tracker = Tracker(config, directory, Position(state.step, state.is_evaluated), display.note)
@@ -145,8 +145,8 @@ def _lead(
             result["alpha_init"] = None
         ended = RunResult(**result, **outcome(state, around, last, message), init=init, starts=owner.starts(directory))
         try:
-            if last is not None:
-                _save_correct(directory / "correct.npz", last)
+            if last is not None and last.raw.correct is not None:
+                _save_correct(directory / "correct.npz", last.raw.correct, last.ema and last.ema.correct)
             ended.save(directory / "result.json")
         except OSError as error:
             ended = None
@@ -166,23 +166,23 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
-        data = load_data(config.data)
+        data = load(config)
         store = Store(directory / "checkpoints", config.checkpoint.keep)
         saved = store.look_up("BEST" if chosen.checkpoint == "best" else "LATEST")
         if len(set(gather(saved.step))) > 1:
             raise UserError(f"{directory}: a checkpoint was written meanwhile; say it again")
         workers = machine.worker_count(chosen.workers, place.device)
         here = place.rank, place.world, place.device
-        val = ValBatches(config.data, data.val, chosen.batch_per_rank, workers, here, config.machine.loader)
+        val = val_feed(config, data, chosen.batch_per_rank, workers, here)
         model, _ = build_arm(config, data.num_classes)
         model = put_on(model, config, place.device)
         found: dict[str, Accuracy] = {}
         for part, label in (("model", "raw"), ("ema", "ema")):
             if part in saved.tensors:
                 model.load_state_dict(saved.tensors[part])
-                found[label] = evaluate(model, val(), len(data.val.labels), autocast(config, place.device))
+                found[label] = evaluate(model, val(), data.val.num, autocast(config, place.device))
         end_loaders()
-    return {"step": saved.step, "accuracy": found} if place.is_first else None
+    return {"step": saved.step, "accuracy": found, "unit": config.unit} if place.is_first else None
 
 
 def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
@@ -192,10 +192,12 @@ def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
-        data = load_data(config.data)
+        data = load(config)
         model, _ = build_arm(config, data.num_classes)
-        plan = optim.plan_steps(config, len(data.train.labels), place.world)
-        found = replay.again(config, directory, data, (put_on(model, config, place.device), plan), place)
+        plan = optim.plan_steps(config, data.train.num, place.world)
+        found = replay.again(config, directory, data, (put_on(model, config, place.device), plan), place) | {
+            "unit": config.unit
+        }
     return found if place.is_first else None
 
 
@@ -211,7 +213,7 @@ def load_config(run_dir: Path) -> RunConfig:
         raise UserError(f"{run_dir}: no run there (config.json: {error}); give the directory of a run") from None
 
 
-def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict[str, Any]:
+def facts(config: RunConfig, place: Place, data: AnyData, model: nn.Module) -> dict[str, Any]:
     """Return the fields of a result that are known before the first step."""
     with autocast(config, place.device):
         computed = norm.described(config.norm.name, config.machine.compile, place.device)
@@ -223,15 +225,16 @@ def facts(config: RunConfig, place: Place, data: Data, model: nn.Module) -> dict
         "ranks": place.world,
         "data_fingerprint": data.fingerprint,
         "data_pack": data.pack or None,
-        "versions": versions(),
+        "versions": versions(config),
         "commit": commit,
         "dirty": dirty,
     }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
+def versions(config: RunConfig) -> dict[str, str]:
     """Return the versions of everything that computes."""
-    return {
+    of_model = {"transformers": metadata.version("transformers")} if config.model.name == "llama" else {}
+    return of_model | {
         "dytrun": dytrun.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
         "pillow": PIL.__version__, "jpeg_decoder": jpeg.decoder(),
@@ -306,13 +309,13 @@ def _follow(
         raise interrupted(state, around, "its checkpoint is written") from None
 
 
-def _warm_start(config: RunConfig, model: nn.Module, data: Data, around: Surroundings, directory: Path) -> None:
+def _warm_start(config: RunConfig, model: nn.Module, data: AnyData, around: Surroundings, directory: Path) -> None:
     """Start from a file of weights, if the run has one, and write down in init.json what came out of it."""
     start = load_start(config, model)
     if start is None:
         return
     found = start.facts()
-    if wants_calibration(config):
+    if wants_calibration(config) and isinstance(data, Data):
 
         def accuracy(module: nn.Module) -> Accuracy:
             return evaluate(module, around.val(), around.num_val, autocast(config, around.place.device))
@@ -338,10 +341,10 @@ def _init_facts(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _save_correct(path: Path, last: EvalRecord) -> None:
+def _save_correct(path: Path, raw: np.ndarray, ema: np.ndarray | None) -> None:
     """One bit an image, in the order of the split: numpy.unpackbits(correct, count=num)."""
-    arrays = {"correct": np.packbits(last.raw.correct), "num": np.array(last.raw.num)}
-    if last.ema is not None:
-        arrays["ema_correct"] = np.packbits(last.ema.correct)
+    arrays = {"correct": np.packbits(raw), "num": np.array(len(raw))}
+    if ema is not None:
+        arrays["ema_correct"] = np.packbits(ema)
     with whole_file(path) as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]

@@ -24,7 +24,8 @@ _HEADER_BYTES = 4096
 # What NumPy and zipfile raise for damaged files; a flipped bit can make one look encrypted (RuntimeError), or
 # compressed in a way that nobody knows (NotImplementedError, which is one).
 _UNREADABLE = (
-    OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile,
+    zlib.error,
 )  # fmt: skip
 
 
@@ -87,8 +88,8 @@ def _load(path: Path, problems: list[str], unkept: list[str]) -> Run | None:
         if not isinstance(config, dict):
             raise ValueError("config.json is no configuration")
         result = _RESULT.validate_python(json.loads((path / "result.json").read_text()))
-        parts = [result.science.get(key) for key in ("norm", "data", "augment")]
-        if not all(isinstance(part, dict) for part in parts) or "name" not in parts[0]:
+        parts = [result.science.get(key) for key in ("norm", "data")]
+        if not all(isinstance(part, dict) for part in parts) or "name" not in result.science["norm"]:
             raise ValueError("result.json lacks the run's science")
         if unfit := [key for key, value in vars(result).items() if isinstance(value, float) and not isfinite(value)]:
             raise ValueError(f"result.json, {unfit[0]}: no finite number")
@@ -106,7 +107,7 @@ def _load(path: Path, problems: list[str], unkept: list[str]) -> Run | None:
         if not records:
             problems.append(f"{name}: its curves, for want of a metrics.jsonl")
         if not (path / "correct.npz").is_file():
-            unkept.append(name)
+            unkept += [name] * (result.science["data"].get("name") != "text")  # which has none
         else:
             try:
                 hits = _hits(path / "correct.npz", result)

@@ -5,71 +5,68 @@ A site has a role, read off its neighbours in the module tree: `attention` (or w
 a block, the number of that block.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
-from timm.layers import norm as timm_norm
-from timm.layers import norm_act
-from timm.layers.grn import GlobalResponseNorm
-from timm.models import metaformer
 from torch import nn
 
+from dytrun import foreign
 from dytrun.errors import UserError
+from dytrun.foreign import Kind
 
-
-class Kind(NamedTuple):
-    """What an exact class of norm is."""
-
-    family: str
-    channel_axis: int
-
-
-# By exact type, never isinstance: timm's LayerNormAct is an nn.LayerNorm that also activates, and
-# LayerNorm2dFp32 is channels-first without being a LayerNorm2d.
-KINDS: dict[type[nn.Module], Kind] = {
-    nn.LayerNorm: Kind("layernorm", -1),
-    timm_norm.LayerNorm: Kind("layernorm", -1),
-    timm_norm.LayerNormFp32: Kind("layernorm", -1),
-    timm_norm.LayerNorm2d: Kind("layernorm", 1),
-    timm_norm.LayerNorm2dFp32: Kind("layernorm", 1),
-    timm_norm.LayerNormExp2d: Kind("layernorm", 1),
-    norm_act.LayerNormAct: Kind("layernorm", -1),
-    norm_act.LayerNormActFp32: Kind("layernorm", -1),
-    norm_act.LayerNormAct2d: Kind("layernorm", 1),
-    norm_act.LayerNormAct2dFp32: Kind("layernorm", 1),
-    metaformer.LayerNormNoBias: Kind("layernorm", -1),
-    metaformer.LayerNorm2dNoBias: Kind("layernorm", 1),
-    nn.RMSNorm: Kind("rmsnorm", -1),
-    timm_norm.RmsNorm: Kind("rmsnorm", -1),
-    timm_norm.RmsNormFp32: Kind("rmsnorm", -1),
-    timm_norm.RmsNorm2d: Kind("rmsnorm", 1),
-    timm_norm.RmsNorm2dFp32: Kind("rmsnorm", 1),
-    norm_act.RmsNormAct: Kind("rmsnorm", -1),
-    norm_act.RmsNormActFp32: Kind("rmsnorm", -1),
-    norm_act.RmsNormAct2d: Kind("rmsnorm", 1),
-    norm_act.RmsNormAct2dFp32: Kind("rmsnorm", 1),
-    timm_norm.SimpleNorm: Kind("simplenorm", -1),
-    timm_norm.SimpleNormFp32: Kind("simplenorm", -1),
-    timm_norm.SimpleNorm2d: Kind("simplenorm", 1),
-    timm_norm.SimpleNorm2dFp32: Kind("simplenorm", 1),
-    timm_norm.GroupNorm1: Kind("groupnorm1", 1),
-    norm_act.GroupNorm1Act: Kind("groupnorm1", 1),
-    metaformer.GroupNorm1NoBias: Kind("groupnorm1", 1),
-    nn.GroupNorm: Kind("groupnorm1", 1),  # with one group; others are left
+# By exact class, never isinstance: timm's LayerNormAct is an nn.LayerNorm that also activates, and LayerNorm2dFp32 is
+# channels-first without being a LayerNorm2d. By its full name, so that a model from elsewhere does not need timm here.
+KINDS: dict[str, Kind] = {
+    "torch.nn.modules.normalization.LayerNorm": Kind("layernorm", -1),
+    "timm.layers.norm.LayerNorm": Kind("layernorm", -1),
+    "timm.layers.norm.LayerNormFp32": Kind("layernorm", -1),
+    "timm.layers.norm.LayerNorm2d": Kind("layernorm", 1),
+    "timm.layers.norm.LayerNorm2dFp32": Kind("layernorm", 1),
+    "timm.layers.norm.LayerNormExp2d": Kind("layernorm", 1),
+    "timm.layers.norm_act.LayerNormAct": Kind("layernorm", -1),
+    "timm.layers.norm_act.LayerNormActFp32": Kind("layernorm", -1),
+    "timm.layers.norm_act.LayerNormAct2d": Kind("layernorm", 1),
+    "timm.layers.norm_act.LayerNormAct2dFp32": Kind("layernorm", 1),
+    "timm.models.metaformer.LayerNormNoBias": Kind("layernorm", -1),
+    "timm.models.metaformer.LayerNorm2dNoBias": Kind("layernorm", 1),
+    "torch.nn.modules.normalization.RMSNorm": Kind("rmsnorm", -1),
+    "timm.layers.norm.RmsNorm": Kind("rmsnorm", -1),
+    "timm.layers.norm.RmsNormFp32": Kind("rmsnorm", -1),
+    "timm.layers.norm.RmsNorm2d": Kind("rmsnorm", 1),
+    "timm.layers.norm.RmsNorm2dFp32": Kind("rmsnorm", 1),
+    "timm.layers.norm_act.RmsNormAct": Kind("rmsnorm", -1),
+    "timm.layers.norm_act.RmsNormActFp32": Kind("rmsnorm", -1),
+    "timm.layers.norm_act.RmsNormAct2d": Kind("rmsnorm", 1),
+    "timm.layers.norm_act.RmsNormAct2dFp32": Kind("rmsnorm", 1),
+    "timm.layers.norm.SimpleNorm": Kind("simplenorm", -1),
+    "timm.layers.norm.SimpleNormFp32": Kind("simplenorm", -1),
+    "timm.layers.norm.SimpleNorm2d": Kind("simplenorm", 1),
+    "timm.layers.norm.SimpleNorm2dFp32": Kind("simplenorm", 1),
+    "timm.layers.norm.GroupNorm1": Kind("groupnorm1", 1),
+    "timm.layers.norm_act.GroupNorm1Act": Kind("groupnorm1", 1),
+    "timm.models.metaformer.GroupNorm1NoBias": Kind("groupnorm1", 1),
+    "torch.nn.modules.normalization.GroupNorm": Kind("groupnorm1", 1),  # with one group; others are left
 }
-# What counts as a norm of a family; where its exact type is not known above, it has no twin.
-_FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
-    "layernorm": (nn.LayerNorm,),
-    "rmsnorm": (nn.RMSNorm, timm_norm.RmsNorm, timm_norm.RmsNormFp32, timm_norm.RmsNorm2d, timm_norm.RmsNorm2dFp32),
-    "simplenorm": (timm_norm.SimpleNorm, timm_norm.SimpleNormFp32, timm_norm.SimpleNorm2d, timm_norm.SimpleNorm2dFp32),
-    "groupnorm1": (nn.GroupNorm,),
-}
+# What counts as a norm of a family, with all that derives from it; where a class is not known above, `foreign` is asked
+# what it computes.
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "layernorm": ("torch.nn.modules.normalization.LayerNorm",),
+    "rmsnorm": (
+        "torch.nn.modules.normalization.RMSNorm", "timm.layers.norm.RmsNorm", "timm.layers.norm.RmsNormFp32",
+        "timm.layers.norm.RmsNorm2d", "timm.layers.norm.RmsNorm2dFp32",
+    ),
+    "simplenorm": (
+        "timm.layers.norm.SimpleNorm", "timm.layers.norm.SimpleNormFp32", "timm.layers.norm.SimpleNorm2d",
+        "timm.layers.norm.SimpleNorm2dFp32",
+    ),
+    "groupnorm1": ("torch.nn.modules.normalization.GroupNorm",),
+}  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
-_OTHER_NORMS = (nn.modules.batchnorm._NormBase, GlobalResponseNorm)
+_OTHER_NORMS = ("torch.nn.modules.batchnorm._NormBase", "timm.layers.grn.GlobalResponseNorm")
 ROLES = ("attention", "feed_forward", "qk", "final", "other")
 
 _QK = re.compile(r"(q|k|v|kv)_?(norm|ln)|(norm|ln)_?(q|k|v|kv)")
@@ -77,6 +74,13 @@ _NO_LAYER = (nn.Identity, nn.Dropout)  # attn_drop is no attention
 _HEAD = re.compile(r"head|pool|fc_norm")
 _ATTENTION = re.compile(r"attn|attention|mixer|token|modulation", re.IGNORECASE)  # whatever mixes tokens
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
+# Hugging Face's decoders register their norms after both sub-layers, so that only these names tell which is whose.
+_NAMED = {
+    "input_layernorm": "attention", "pre_attention_layernorm": "attention",
+    "post_attention_layernorm": "feed_forward", "pre_feedforward_layernorm": "feed_forward",
+    "pre_mlp_layernorm": "feed_forward", "post_feedforward_layernorm": "feed_forward",
+    "post_mlp_layernorm": "feed_forward",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,31 +102,48 @@ class Site:
     """Where its alpha starts, once it is a point-wise layer that has one."""
 
 
-def norm_sites(model: nn.Module, families: Sequence[str] = ("layernorm",)) -> list[Site]:
-    """List every norm of these families in the order of the model's modules; a shared one once."""
+def norm_sites(model: nn.Module, types: Sequence[str | type[nn.Module]] = ("layernorm",)) -> list[Site]:
+    """List every norm of these types in the order of the model's modules; a shared one once.
+
+    A type is a family of FAMILIES or an exact class.
+    """
+    classes = tuple(one for one in types if isinstance(one, type))
     found = [(name, module, _family(module)) for name, module in model.named_modules()]
-    # Places are told from all norms, so that they do not depend on which families are asked for.
-    places = _places(model, [name for name, _, family in found if family is not None])
+    # Places are told from all norms, so that they do not depend on which types are asked for.
+    all_norms = [name for name, module, family in found if family is not None or type(module) in classes]
+    places = _places(model, all_norms)
     return [
-        Site(
-            name=name,
-            kind=type(module).__name__,
-            family=family,
-            num_channels=_shape(module)[-1],
-            channels_last=KINDS.get(type(module), Kind(family, -1)).channel_axis == -1,
-            role=places[name][0],
-            block=places[name][1],
-            has_twin=bool(name) and type(module) in KINDS and len(_shape(module)) == 1,
-        )
+        _site(name, module, family or "layernorm", places[name])
         for name, module, family in found
-        if family is not None and family in families
+        if (family is not None and family in types) or type(module) in classes
     ]
+
+
+def _site(name: str, module: nn.Module, family: str, place: tuple[str, int | None]) -> Site:
+    shape = _shape(module)
+    kind = KINDS.get(full_name(type(module))) or foreign.kind_of(module)
+    return Site(
+        name=name,
+        kind=type(module).__name__,
+        family=family if kind is None else kind.family,
+        num_channels=shape[-1] if shape else 0,
+        channels_last=kind is None or kind.channel_axis == -1,
+        role=place[0],
+        block=place[1],
+        has_twin=bool(name) and kind is not None and len(shape) == 1,
+    )
+
+
+def full_name(kind: type) -> str:
+    """Return where a class is defined, and its name there."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def norms_left(model: nn.Module) -> dict[str, int]:
     """Count the norms that are still in a model, whatever their kind (BatchNorm and GRN too), by class name."""
     kinds = (*_OTHER_NORMS, *(kind for family in _FAMILIES.values() for kind in family))
-    return dict(Counter(type(module).__name__ for module in model.modules() if isinstance(module, kinds)))
+    return dict(Counter(type(module).__name__ for module in model.modules()
+                        if _is_a(type(module), kinds) or foreign.family_of(module) is not None))  # fmt: skip
 
 
 def matches(pattern: str, site: Site) -> bool:
@@ -157,13 +178,20 @@ def chosen_by(key: str, patterns: Sequence[str], sites: Sequence[Site]) -> list[
 def _family(module: nn.Module) -> str | None:
     if getattr(module, "num_groups", 1) != 1:
         return None
-    return next((family for family, kinds in _FAMILIES.items() if isinstance(module, kinds)), None)
+    known = next((family for family, kinds in _FAMILIES.items() if _is_a(type(module), kinds)), None)
+    return known or foreign.family_of(module)
+
+
+@functools.cache
+def _is_a(kind: type, names: tuple[str, ...]) -> bool:
+    """Say whether a class is one of these, or derives from it."""
+    return any(full_name(one) in names for one in kind.__mro__)
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.GroupNorm):
         return (module.num_channels,)
-    return tuple(module.normalized_shape)  # pyright: ignore[reportArgumentType]  every other family has it
+    return foreign.shape_of(module)
 
 
 def _places(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
@@ -188,6 +216,8 @@ def _role_in_block(modules: dict[str, nn.Module], name: str) -> str:
         return "other"
     if _QK.fullmatch(own):
         return "qk"
+    if own in _NAMED:
+        return _NAMED[own]
     for depth in range(len(path), 0, -1):
         container = modules[".".join(path[:depth])]
         child = name.split(".")[depth]
@@ -215,6 +245,8 @@ def _role_among(container: nn.Module, own: str) -> str | None:
 
 
 def _sublayer(name: str) -> str | None:
+    if "embed" in name.lower():  # token embeddings mix no tokens
+        return None
     for pattern, role in ((_ATTENTION, "attention"), (_FEED_FORWARD, "feed_forward")):
         if pattern.search(name):
             return role

@@ -32,6 +32,11 @@ class Split(NamedTuple):
     folder: str = ""
     """The folder of class folders that the files are in."""
 
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        return len(self.labels)
+
     def part(self, chosen: Int[np.ndarray, "k"]) -> "Split":
         """Return some of the images, by their indices, in that order."""
         paths = [self.paths[int(index)] for index in chosen] if self.paths else []
@@ -96,6 +101,12 @@ def fingerprint_difference(before: Mapping[str, int | str], now: Mapping[str, in
     at most some thousands of each split, spread evenly over it.
     """
     said = []
+    if "num_train_bytes" in now:  # a text
+        for name in ("train", "val"):
+            one, other = (facts.get(f"num_{name}_bytes") for facts in (before, now))
+            if before.get(f"{name}_contents") != now[f"{name}_contents"]:
+                said.append(f"{name} {one} -> {other} bytes" if one != other else f"{name} has other bytes")
+        return ", ".join(said)
     if before.get("made_from") != now.get("made_from"):
         # Of a pack whose images were shrunk nothing else could be the same.
         one, other = (facts.get("made_from", "images as they were") for facts in (before, now))

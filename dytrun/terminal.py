@@ -30,9 +30,10 @@ def console() -> Console:
 class Display:
     """Shows the records of one run as they come."""
 
-    def __init__(self, title: str, total_steps: int, first_step: int):
+    def __init__(self, title: str, total_steps: int, first_step: int, unit: str = "images"):
         self._total_steps = total_steps
         self._first_step = first_step
+        self._unit = {"images": "img"}.get(unit, unit)
         self._started = self._shown = time.monotonic()
         self._train: TrainRecord | None = None
         self._eval: EvalRecord | None = None
@@ -79,7 +80,7 @@ class Display:
             speed = train.speed
             parts += [f"epoch {train.epoch:.2f}", f"loss {train.loss:.3f}", f"lr {train.lr:.1e}"]
             if math.isfinite(speed.images_per_s):  # not while the clock warms up
-                parts += [f"{speed.images_per_s:,.0f} img/s", f"data wait {100 * speed.data_wait_frac:.0f} %"]
+                parts += [f"{speed.images_per_s:,.0f} {self._unit}/s", f"data wait {100 * speed.data_wait_frac:.0f} %"]
         if self._eval is not None:
             ema = f" (EMA {self._eval.ema.top1:.2f})" if self._eval.ema is not None else ""
             parts.append(f"top-1 {self._eval.raw.top1:.2f}{ema}")
@@ -145,14 +146,18 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 def result(run: RunResult) -> None:
     """Print the closing table of a run."""
+    is_text = run.science["data"]["name"] == "text"
+    counted, unit = ("bytes", "windows") if is_text else ("images", "images")
     rows = [("status", run.status + (f": {run.message}" if run.message else ""))]
     if run.top1 is not None:
-        rows.append(("top-1 / top-5", f"{run.top1:.2f} / {run.top5:.2f} % of {run.num_val:,} images"))
+        if is_text:
+            rows.append(("loss", f"{run.val_loss:.4f} nats a byte"))
+        rows.append(("top-1 / top-5", f"{run.top1:.2f} / {run.top5:.2f} % of {run.num_val:,} {counted}"))
         rows.append(("best top-1", f"{run.best_top1:.2f} % in epoch {run.best_epoch}"))
     if run.ema_top1 is not None:
         rows.append(("EMA top-1 / top-5", f"{run.ema_top1:.2f} / {run.ema_top5:.2f} %"))
     if run.images_per_s is not None:
-        rows.append(("speed", f"{run.images_per_s:,.0f} images/s, step {run.step_ms_p50:.1f} ms (p95 "
+        rows.append(("speed", f"{run.images_per_s:,.0f} {unit}/s, step {run.step_ms_p50:.1f} ms (p95 "
                      f"{run.step_ms_p95:.1f}), data wait {100 * (run.data_wait_frac or 0):.0f} %"))  # fmt: skip
         rows.append(("measured on", f"{run.device}, {run.ranks} rank(s); norm: {run.norm_impl}"))
         rows.append(("peak memory", f"{run.peak_mem_gib:.2f} GiB"))
@@ -173,9 +178,9 @@ def calibration(found: Mapping[str, Any]) -> None:
     table(title, columns, rows, [f"top-1 before training: {top1}"])
 
 
-def accuracies(title: str, rows: Mapping[str, Accuracy]) -> None:
+def accuracies(title: str, rows: Mapping[str, Accuracy], counted: str = "images") -> None:
     """Print exact accuracies, a row for each set of weights."""
-    table = Table("weights", "top-1 %", "top-5 %", "loss", "correct / images", title=title, title_justify="left")
+    table = Table("weights", "top-1 %", "top-5 %", "loss", f"correct / {counted}", title=title, title_justify="left")
     for name, found in rows.items():
         count = f"{found.top1_count:,} / {found.num:,}"
         table.add_row(name, f"{found.top1:.3f}", f"{found.top5:.3f}", f"{found.loss:.4f}", count)

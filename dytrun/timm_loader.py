@@ -90,7 +90,7 @@ class Files:
                 yield (images, targets) if mix is None else mix(images, targets)
 
     def _loader(self, run: RunConfig, batch: int, workers: int, device: torch.device) -> Any:
-        augment, data = run.augment, run.data
+        augment, data = run.augment, run.images
         # More processes than cores are what the user asked for.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         with _posterize_of_no_bits():
@@ -125,7 +125,7 @@ def check(run: RunConfig, batch: int) -> None:
 
 def _folder(run: RunConfig, split: Split, root: str | None) -> Path | None:
     if root is not None:
-        for folder in (Path(root) / run.data.train_split, Path(root)):
+        for folder in (Path(root) / run.images.train_split, Path(root)):
             if folder.is_dir():
                 return folder
         raise UserError(f"bench.peer_root: {root} is no folder; give the one that the pack was made from")

@@ -54,6 +54,8 @@ def _instantiation_keys(values: Any, path: str = "") -> Iterator[tuple[str, str]
 def _leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         options = getattr(field.annotation, "__args__", (field.annotation,))
+        options = [getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option
+                   for option in options]  # fmt: skip
         nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
         if not nested:
             yield f"{prefix}{name}"
@@ -67,7 +69,7 @@ def _by_path(error: ValidationError) -> list[dict[str, Any]]:
     for item in error.errors():
         # pydantic puts the chosen member of a union into the path; a user never typed it.
         loc = [str(part) for part in item["loc"]]
-        if loc[:1] in (["norm"], ["bench"]) and len(loc) > 2:
+        if loc[:1] in (["norm"], ["bench"], ["model"], ["data"]) and len(loc) > 2:
             del loc[1]
         member = r"(literal|constrained|list|int|bool|float|tuple)\b"
         path = ".".join(part for i, part in enumerate(loc) if i == 0 or not re.match(member, part))

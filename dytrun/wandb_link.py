@@ -235,7 +235,7 @@ def _init(config: RunConfig, run_dir: Path, run_id: str, mode: str) -> Any:
         # Nested, so that a column is called as the key is typed: norm.name, norm.alpha_init, model.name, seed.
         config=science
         | {"machine": config.machine.model_dump(mode="json"), "pair_id": pair_id, "comparison": comparison}
-        | {"arm": arm_label(science["norm"]), "directory": config.run_name},
+        | {"arm": arm_label(science), "directory": config.run_name},
         settings=settings(wandb),
     )
 

@@ -84,7 +84,7 @@ def calibrate_start(
     trained, converted = (evaluate(teacher), evaluate(model)) if is_whole else (None, None)
     num = min(config.norm.calibrate_images, len(data.train.labels))
     chosen = epoch_order(len(data.train.labels), config.seed, 0)[:num]
-    seen = ValBatches(config.data, data.train.part(chosen), _CALIBRATION_BATCH, 0, (0, 1, place.device))
+    seen = ValBatches(config.images, data.train.part(chosen), _CALIBRATION_BATCH, 0, (0, 1, place.device))
     was_training = model.training
     fits = calibrate(teacher, model, [batch.images for batch in seen()])
     model.train(was_training)
@@ -120,7 +120,7 @@ def _check_trained(config: RunConfig, weights: dict[str, Tensor], path: Path, is
     assert isinstance(config.norm, PointWiseConfig)
     if is_converted:
         raise UserError(f"norm.calibrate: {path} is of a converted model; give one that was trained with its own norms")
-    plain = build_plain(config, config.data.num_classes or 2)
+    plain = build_plain(config, config.images.num_classes or 2)
     drawn = plain.state_dict()
     names = [f"{site.name}.{part}" for site in norm_sites(plain, config.norm.types) for part in ("weight", "bias")]
     known = [name for name in names if name in drawn and name in weights]

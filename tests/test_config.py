@@ -24,8 +24,9 @@ def test_every_option_of_every_group_composes(group):
     options = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
     assert options
     for option in options:
-        extra = ["model.name=vit_base_patch16_224"] if (group, option) == ("model", "timm") else []
-        config_of(f"{group}={option}", *extra)
+        extra = {"timm": ["model.name=vit_base_patch16_224"], "llama": ["data=text", "norm=rms"],
+                 "text": ["model=llama", "norm=rms"]}  # fmt: skip
+        config_of(f"{group}={option}", *extra.get(option, []))
 
 
 def test_the_default_is_the_papers_recipe():

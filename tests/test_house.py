@@ -17,7 +17,9 @@ FILES = sorted(PACKAGE.glob("*.py"))
 
 # What each file may import of ours. A file that is not here may not exist.
 MAY_IMPORT = {
-    "__init__": set(),
+    "__init__": {"library"},
+    "library": {"alphas", "convert", "errors", "norm", "sites"},
+    "foreign": set(),
     "__main__": {"cli"},
     "cli": {"commands", "compose", "errors", "guard", "owner", "pool", "slurm", "stop", "task", "usage", "validation"},
     "compose": {"bench_config", "config", "errors", "guard", "hydra_settings", "pack_config", "usage", "validation"},
@@ -31,7 +33,7 @@ MAY_IMPORT = {
     },
     "watch": {"board", "errors", "owner", "records", "task"},
     "usage": set(),
-    "config": {"digest", "norm_config"},
+    "config": {"digest", "norm_config", "subject_config"},
     "norm_config": set(),
     "bench_config": {"config", "norm_config"},
     "bench": {
@@ -72,22 +74,24 @@ MAY_IMPORT = {
     "owner": {"config", "errors", "records", "terminal"},
     "ranks": {"errors", "machine", "stop"},
     "plan": {
-        "arm", "augment", "config", "convert", "machine", "model", "optim", "sites", "sources", "warmstart",
+        "arm", "augment", "config", "convert", "feed", "machine", "model", "optim", "sites", "subject_config", "text",
+        "warmstart",
     },
     "run": {
         "agreement", "arm", "checkpoint", "compute", "config", "data", "distributed", "engine", "errors", "evaluate",
-        "jpeg", "machine", "model", "norm", "optim", "owner", "processes", "records", "replay", "resume", "sources",
-        "state", "stop", "surroundings", "terminal", "throughput", "tracking", "validation", "warmstart", "watchdog",
+        "feed", "jpeg", "machine", "model", "norm", "optim", "owner", "processes", "records", "replay", "resume",
+        "sources", "state", "stop", "surroundings", "terminal", "throughput", "tracking", "validation", "warmstart",
+        "watchdog",
     },
     "resume": {
-        "checkpoint", "compute", "config", "distributed", "errors", "machine", "norm", "optim", "owner", "sources",
-        "usage",
+        "checkpoint", "compute", "config", "distributed", "errors", "feed", "machine", "norm", "optim", "owner",
+        "sources", "usage",
     },
     "replay": {
-        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "errors", "optim", "records",
-        "sources", "surroundings",
+        "agreement", "batch", "checkpoint", "compute", "config", "data", "distributed", "errors", "feed", "optim",
+        "records", "sources", "surroundings",
     },
-    "arm": {"augment", "config", "convert", "data", "model", "sites"},
+    "arm": {"augment", "config", "convert", "data", "language", "library", "model", "sites", "subject_config"},
     "warmstart": {
         "arm", "calibrate", "config", "data", "digest", "distributed", "errors", "records", "sites", "sources",
         "weights",
@@ -109,6 +113,12 @@ MAY_IMPORT = {
     },
     "surroundings": {"batch", "checkpoint", "distributed", "optim", "throughput"},
     "agreement": {"distributed"},
+    "alphas": set(),
+    "corpus": {"errors"},
+    "feed": {"batch", "config", "data", "sources", "text"},
+    "language": {"errors", "subject_config"},
+    "subject_config": {"alphas", "norm_config"},
+    "text": {"augment", "batch", "config", "corpus", "data", "errors", "folders"},
     "compute": {"batch", "config", "distributed"},
     "state": {"checkpoint", "config", "distributed", "errors", "optim", "throughput"},
     "watchdog": {"distributed"},
@@ -137,7 +147,7 @@ MAY_IMPORT = {
     "rand_augment": {"pixels"},
     "finish": {"augment", "config", "errors", "pixels"},
     "pixels": {"native"},
-    "model": {"config", "errors", "validation"},
+    "model": {"config", "errors", "subject_config", "validation"},
     "machine": {"config", "errors", "launcher_config"},
     "norm": {"cpu_kernels", "functions", "kernels"},
     "functions": set(),
@@ -145,8 +155,8 @@ MAY_IMPORT = {
     "native": set(),
     "kernels": {"curves"},
     "curves": set(),
-    "convert": {"functions", "norm", "sites", "errors"},
-    "sites": {"errors"},
+    "convert": {"errors", "foreign", "functions", "norm", "sites"},
+    "sites": {"errors", "foreign"},
     "optim": {"config", "errors", "norm"},
     "throughput": set(),
     "checkpoint": {"errors"},
@@ -165,7 +175,7 @@ MAY_IMPORT = {
     "runs": {"errors", "records"},
     "contrast": {"image_stats", "records", "runs", "stats"},
     "verdict": {"contrast", "stats"},
-    "pairs": {"contrast", "labels", "records", "runs", "verdict"},
+    "pairs": {"contrast", "errors", "labels", "records", "runs", "verdict"},
     "report": {"config", "contrast", "page", "pairs", "records", "runs", "stats", "verdict"},
     "page": {"cost_figures", "figures", "markup", "pairs", "recipe", "records", "runs", "site_figures"},
     "figures": {"contrast", "pairs", "runs"},
@@ -205,6 +215,9 @@ WITHOUT_TORCH = {
     "records",
     "digest",
     "norm_config",
+    "subject_config",
+    "alphas",
+    "corpus",
     "bench_config",
     "paired",
     "pairs",
@@ -334,7 +347,9 @@ def test_only_the_command_line_prints(file):
 
 
 def test_every_key_of_the_configuration_is_read_somewhere():
-    source = "\n".join(file.read_text() for file in FILES if file.stem not in ("config", "norm_config"))
+    source = "\n".join(
+        file.read_text() for file in FILES if file.stem not in ("config", "norm_config", "subject_config")
+    )
     source += (PACKAGE / "config.py").read_text().partition("def _parts_fit")[2]
     dead = [path for path in _leaves(RunConfig) if not re.search(rf"[.\"']{path.rpartition('.')[2]}\b", source)]
     assert not dead
@@ -343,7 +358,14 @@ def test_every_key_of_the_configuration_is_read_somewhere():
 def test_the_configuration_types_hold_no_values():
     trees = [
         ast.parse((PACKAGE / name).read_text())
-        for name in ("config.py", "norm_config.py", "launcher_config.py", "bench_config.py", "pack_config.py")
+        for name in (
+            "config.py",
+            "norm_config.py",
+            "subject_config.py",
+            "launcher_config.py",
+            "bench_config.py",
+            "pack_config.py",
+        )
     ]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "BaseModel" for base in node.bases):

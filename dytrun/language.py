@@ -1,0 +1,48 @@
+"""A LLaMA as Hugging Face builds it, with random weights: bytes in, logits of the next byte out.
+
+The state dict has Hugging Face's names. Axes: B sequence, T token, K token of the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dytrun.errors import UserError
+from dytrun.subject_config import LlamaConfig
+
+_EPS = 1e-5  # Llama 2's
+
+
+def build_language_model(model: LlamaConfig, num_tokens: int, context: int, device: str = "cpu") -> nn.Module:
+    """Build a model that maps tokens (B, T) to logits (B, T, K), T at most `context`.
+
+    `device="meta"` gives shapes without memory. Weights are drawn from torch's global generator, with a standard
+    deviation of 1/√width: times the √width that follows it, an embedding then has a variance of 1, as DyT's paper has
+    it at its widths. With Hugging Face's 0.02, which suits those, a narrow model with DyT would hardly learn.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    try:
+        from transformers import LlamaConfig as Shape
+        from transformers import LlamaForCausalLM
+    except ImportError as error:
+        raise UserError(
+            f"model=llama: needs Hugging Face's transformers ({error}); pip install 'dytrun[llm]'"
+        ) from None
+    shape = Shape(
+        vocab_size=num_tokens, hidden_size=model.width, intermediate_size=model.hidden, num_hidden_layers=model.depth,
+        num_attention_heads=model.heads, num_key_value_heads=model.heads, max_position_embeddings=context,
+        rms_norm_eps=_EPS, initializer_range=model.width**-0.5, use_cache=False, tie_word_embeddings=False,
+        pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    with torch.device(device):
+        module = LlamaForCausalLM(shape)
+    module.register_forward_hook(_logits)
+    return module
+
+
+def _logits(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> Tensor:
+    return output.logits
