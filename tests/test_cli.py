@@ -154,7 +154,7 @@ def test_a_batch_other_than_the_papers_prints_the_rule(monkeypatch, capsys):
 def test_hydra_shows_what_it_always_shows(monkeypatch, capsys, args):
     code, out, err = run(monkeypatch, capsys, "train", *args)
     assert (code, err) == (0, [])
-    assert "alpha_init: 0.5" in out
+    assert "alpha_init: auto" in out
 
 
 def test_keys_may_stand_on_both_sides_of_a_flag(monkeypatch, capsys):
