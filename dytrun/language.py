@@ -12,14 +12,15 @@ from dytrun.errors import UserError
 from dytrun.subject_config import LlamaConfig
 
 _EPS = 1e-5  # Llama 2's
+_STD = 0.02  # Hugging Face's, of every linear layer at the start
 
 
 def build_language_model(model: LlamaConfig, num_tokens: int, context: int, device: str = "cpu") -> nn.Module:
     """Build a model that maps tokens (B, T) to logits (B, T, K), T at most `context`.
 
-    `device="meta"` gives shapes without memory. Weights are drawn from torch's global generator, with a standard
-    deviation of 1/√width: times the √width that follows it, an embedding then has a variance of 1, as DyT's paper has
-    it at its widths. With Hugging Face's 0.02, which suits those, a narrow model with DyT would hardly learn.
+    `device="meta"` gives shapes without memory. Weights are drawn from torch's global generator, as Hugging Face draws
+    them, but for the embedding's standard deviation of 1/√width: times the √width that follows it, hidden states begin
+    with a variance of 1, as about they do at the widths of DyT's paper. With 0.02 a narrow model with DyT hardly learns.
 
     Raises:
         UserError: transformers is not installed.
@@ -34,12 +35,13 @@ def build_language_model(model: LlamaConfig, num_tokens: int, context: int, devi
     shape = Shape(
         vocab_size=num_tokens, hidden_size=model.width, intermediate_size=model.hidden, num_hidden_layers=model.depth,
         num_attention_heads=model.heads, num_key_value_heads=model.heads, max_position_embeddings=context,
-        rms_norm_eps=_EPS, initializer_range=model.width**-0.5, use_cache=False, tie_word_embeddings=False,
-        pad_token_id=None, bos_token_id=None,
-        eos_token_id=None,
+        rms_norm_eps=_EPS, initializer_range=_STD, use_cache=False, tie_word_embeddings=False,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.device(device):
         module = LlamaForCausalLM(shape)
+        with torch.no_grad():
+            module.get_input_embeddings().weight.mul_(model.width**-0.5 / _STD)
     module.register_forward_hook(_logits)
     return module
 
