@@ -12,15 +12,15 @@ from dytrun.errors import UserError
 from dytrun.subject_config import LlamaConfig
 
 _EPS = 1e-5  # Llama 2's
-_STD = 0.02  # Hugging Face's, of every linear layer at the start
 
 
 def build_language_model(model: LlamaConfig, num_tokens: int, context: int, device: str = "cpu") -> nn.Module:
     """Build a model that maps tokens (B, T) to logits (B, T, K), T at most `context`.
 
     `device="meta"` gives shapes without memory. Weights are drawn from torch's global generator, as Hugging Face draws
-    them, but for the embedding's standard deviation of 1/√width: times the √width that follows it, hidden states begin
-    with a variance of 1, as about they do at the widths of DyT's paper. With 0.02 a narrow model with DyT hardly learns.
+    them, with `model.init_std`: by default 1/√width, so that products neither grow nor shrink what they are given, and
+    an embedding times √width begins with a variance of 1. Hugging Face's 0.02 is about that at the widths of DyT's
+    paper; a narrow model with DyT hardly learns from there.
 
     Raises:
         UserError: transformers is not installed.
@@ -32,16 +32,15 @@ def build_language_model(model: LlamaConfig, num_tokens: int, context: int, devi
         raise UserError(
             f"model=llama: needs Hugging Face's transformers ({error}); pip install 'dytrun[llm]'"
         ) from None
+    std = model.width**-0.5 if model.init_std == "auto" else model.init_std
     shape = Shape(
         vocab_size=num_tokens, hidden_size=model.width, intermediate_size=model.hidden, num_hidden_layers=model.depth,
         num_attention_heads=model.heads, num_key_value_heads=model.heads, max_position_embeddings=context,
-        rms_norm_eps=_EPS, initializer_range=_STD, use_cache=False, tie_word_embeddings=False,
+        rms_norm_eps=_EPS, initializer_range=std, use_cache=False, tie_word_embeddings=False,
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.device(device):
         module = LlamaForCausalLM(shape)
-        with torch.no_grad():
-            module.get_input_embeddings().weight.mul_(model.width**-0.5 / _STD)
     module.register_forward_hook(_logits)
     return module
 
