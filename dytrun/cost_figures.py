@@ -43,7 +43,8 @@ def _bars(groups: Sequence[Group], runs: Sequence[Run], scale: tuple[str, str, s
         return None
     middles = [median(values) for _, values, _ in found]
     labels = [_implemented(group, own) for group, _, own in found]
-    base = middles[0] if found[0][0].number == 0 and middles[0] else None
+    has_baseline = found[0][0].number == 0 and any(group.arm.speed_ratio is not None for group, _, _ in found[1:])
+    base = middles[0] if has_baseline and middles[0] else None
     texts = [f"{middle:{form}}" + (f" ({middle / base:.2f} ×)" if base and place else "")
              for place, middle in enumerate(middles)]  # fmt: skip
     ticks = [f"{plain(group.arm.label)}<br><span style='font-size:11px'>{plain(label)}</span>"

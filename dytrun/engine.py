@@ -20,7 +20,7 @@ from dytrun.checkpoint import NotSaved
 from dytrun.compute import autocast, distribute, settle, train_loss
 from dytrun.config import RunConfig
 from dytrun.distributed import average_buffers, from_first, gather, same_weights
-from dytrun.errors import UserError
+from dytrun.errors import UserError, first_line
 from dytrun.evaluate import Halted, evaluate
 from dytrun.records import Accuracy, EvalRecord, ProbeRecord, Record, Remark, Speed, TrainRecord
 from dytrun.state import Best, State, Window, snapshot, speed_so_far
@@ -304,15 +304,19 @@ def _is_probed(under: Underway, step: int) -> bool:
     return step % every == 0 or step == around.plan.total_steps
 
 
-def _probe(under: Underway) -> Iterator[ProbeRecord]:
+def _probe(under: Underway) -> Iterator[ProbeRecord | Remark]:
     """Look at the norms. It is a pause: LN has less to be asked than DyT, and speeds compare what training takes."""
-    state, around = under.state, under.around
-    if under.images is None:
+    state, around, images = under.state, under.around, under.images
+    if images is None:
         return
-    around.beat(state.step, watchdog.PROBE)
-    with around.clock.pause():
-        found = activations.glance(state.model, around.sites, under.images, autocast(under.config, around.place.device))
     under.images = None
+    around.beat(state.step, watchdog.PROBE)
+    try:
+        with around.clock.pause():
+            found = activations.glance(state.model, around.sites, images, autocast(under.config, around.place.device))
+    except RuntimeError as error:  # such as memory that is full; no run ends for a look at it
+        yield Remark(state.step, f"the norms after step {state.step} could not be looked at ({first_line(error)})")
+        return
     epoch = state.step / around.plan.steps_per_epoch
     yield ProbeRecord(state.step, epoch, state.step * under.config.global_batch, *found)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dytrun.contrast import Arm, Rule, contrasts
+from dytrun.errors import UserError
 from dytrun.labels import arm_label
 from dytrun.records import RunResult, difference
 from dytrun.runs import Run
@@ -26,10 +27,14 @@ class Pair:
 
 
 def pair_runs(runs: Sequence[Run], asked: str | None, rule: Rule) -> tuple[list[Pair], list[str]]:
-    """Sort runs into pairs; say which comparisons are not made, and why. `asked` is the norm of the baseline."""
+    """Sort runs into pairs; say which comparisons are not made, and why. `asked` is the norm of the baseline.
+
+    Raises:
+        UserError: no run has that norm.
+    """
     refused = []
     if asked is not None and asked not in (norms := sorted({run.result.norm for run in runs})):
-        refused.append(f"no run has norm={asked}, the baseline; there are runs with {', '.join(norms)}")
+        raise UserError(f"baseline: no run has norm={asked}; there are runs with {', '.join(norms)}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.result.pair_id, []).append(run)

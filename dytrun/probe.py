@@ -249,14 +249,26 @@ def target(config: ProbeConfig) -> Path:
         UserError: it is no folder, holds something else, or cannot be written.
     """
     out = Path(config.out) if config.out is not None else Path(config.dir) / "probe"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "probe.json").is_file():
-        raise UserError(f"out: {out} holds other files; give a folder of its own")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"out: {out} is a {'link' if out.is_symlink() else 'file'}; give a folder")
+    if Path.cwd().is_relative_to(out.resolve()):  # it is exchanged for another folder of its name
+        raise UserError(f"out: {out} is where this command runs; give a folder of its own")
+    # What an earlier probe left goes, and so it must have left all that is there.
+    if other := _not_ours(out):
+        raise UserError(f"out: {out} holds other files ({other}); give a folder of its own, or move them")
     there = next(path for path in (out.absolute().parent, *out.absolute().parents) if path.exists())
     with _partial(there / out.name):
         pass
     return out
+
+
+def _not_ours(out: Path) -> str | None:
+    """Return the name of something in a folder that no probe left there."""
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    figures = sorted((out / "figures").iterdir()) if (out / "figures").is_dir() else []
+    names = [path.name for path in there if path.name not in ("probe.json", "probe.html", "figures", "wandb")]
+    names += [f"figures/{path.name}" for path in figures if path.suffix not in (".svg", ".png")]
+    return names[0] if names else None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from dytrun.records import RunResult, whole_lines
 _RESULT = TypeAdapter(RunResult)
 # Any of these in a directory without config.json says that a run was there.
 _TRACES = ("result.json", "metrics.jsonl", "starts.jsonl", "correct.npz")
+# More than NumPy writes before an array's own bytes.
+_HEADER_BYTES = 4096
+# What NumPy and zipfile raise for damaged files; a flipped bit can make one look encrypted (RuntimeError), or
+# compressed in a way that nobody knows (NotImplementedError, which is one).
+_UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,11 @@ def _load(path: Path, problems: list[str], unkept: list[str]) -> Run | None:
         if not isinstance(config, dict):
             raise ValueError("config.json is no configuration")
         result = _RESULT.validate_python(json.loads((path / "result.json").read_text()))
-        if not all(isinstance(result.science.get(key), dict) for key in ("norm", "data")):
+        parts = [result.science.get(key) for key in ("norm", "data")]
+        if not all(isinstance(part, dict) for part in parts) or "name" not in result.science["norm"]:
             raise ValueError("result.json lacks the run's science")
+        if unfit := [key for key, value in vars(result).items() if isinstance(value, float) and not isfinite(value)]:
+            raise ValueError(f"result.json, {unfit[0]}: no finite number")
         records = [json.loads(line) for line in whole_lines(path / "metrics.jsonl")]
         if not all(isinstance(line, dict) for line in records):
             raise ValueError("metrics.jsonl has lines that are no records")
@@ -111,10 +123,14 @@ def _hits(path: Path, result: RunResult) -> Bool[np.ndarray, " images"]:
         ValueError: it cannot be read, or says something else.
     """
     try:
+        with zipfile.ZipFile(path) as parts:
+            largest = max((part.file_size for part in parts.infolist()), default=0)
+        if largest > _HEADER_BYTES + -(-(result.num_val or 0) // 8):
+            raise ValueError(f"{largest:,} bytes are too many for {result.num_val} images")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             num, packed = int(arrays["num"]), arrays["correct"]
             ema = arrays.get("ema_correct")
-    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"cannot be read ({first_line(error)})") from None
     if num != result.num_val or num < 1:
         raise ValueError(f"is of {num:,} images, result.json of {result.num_val}")

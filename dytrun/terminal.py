@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from dytrun.records import Accuracy, EvalRecord, Record, RunResult, TrainRecord
 
@@ -188,11 +189,11 @@ def accuracies(title: str, rows: Mapping[str, Accuracy], counted: str = "images"
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
     """Print a table and the notes below it."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=Text(title), title_justify="left")
     for name in columns:
-        drawn.add_column(name, overflow="fold")  # what is cut off may be what two rows differ in
+        drawn.add_column(Text(name), overflow="fold")  # what is cut off may be what two rows differ in
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(Text(str(cell)) for cell in row))  # norm.exclude=[a] is no markup
     console().print(drawn)
     for note in notes:
         console().print(note, markup=False)

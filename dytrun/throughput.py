@@ -48,9 +48,11 @@ class Clock:
     def pause(self) -> Iterator[None]:
         """Time that belongs to no step."""
         self._read()
-        yield
-        self._mark = self._now()
-        self._wait_ms = 0.0
+        try:
+            yield
+        finally:
+            self._mark = self._now()
+            self._wait_ms = 0.0
 
     def step_done(self) -> None:
         """Say that an optimizer step has been issued."""

@@ -121,9 +121,14 @@ class Tracker:
     def _start_over(self, config: RunConfig, run_dir: Path, end: _End) -> None:
         """Bring W&B what its server did not take in time: the rest if it is back, else all of it as an offline run."""
         abandon(at_once=True)
-        link = open_link(config, run_dir)
-        if link is not None:
-            self._notes.put(f"W&B's server did not take all of the run. {link.note}")
+        said = "W&B's server did not take all of the run"
+        # Where W&B was asked for it was there at the start; offline is better than nothing now.
+        tracking = config.tracking.model_copy(update={"mode": "auto"})
+        link = open_link(config.model_copy(update={"tracking": tracking}), run_dir)
+        if link is None:
+            self._notes.put(f"{said}; metrics.jsonl has everything")
+        else:
+            self._notes.put(f"{said}. {link.note}")
             for number, line in enumerate(whole_lines(run_dir / "metrics.jsonl")):
                 link.log(number, _values(line))
             link.close(end.result, end.in_haste)

@@ -142,7 +142,7 @@ def _more(arm: Arm) -> list[str]:
         lines.append(
             f"{arm.label}: for new seeds and new images at once, the difference has a standard error of "
             f"{found.mean_std:.2f} points, of which seeds alone make {found.seeds_alone:.2f} and images alone "
-            f"{found.images_alone:.2f}; {advice}."
+            f"{found.images_alone:.2f} (in variances, the rest is what the two do together); {advice}."
         )
     return lines
 

@@ -175,7 +175,7 @@ MAY_IMPORT = {
     "runs": {"errors", "records"},
     "contrast": {"image_stats", "records", "runs", "stats"},
     "verdict": {"contrast", "stats"},
-    "pairs": {"contrast", "labels", "records", "runs", "verdict"},
+    "pairs": {"contrast", "errors", "labels", "records", "runs", "verdict"},
     "report": {"config", "contrast", "page", "pairs", "records", "runs", "stats", "verdict"},
     "page": {"cost_figures", "figures", "markup", "pairs", "recipe", "records", "runs", "site_figures"},
     "figures": {"contrast", "pairs", "runs"},

@@ -27,7 +27,7 @@ from dytrun.data import ValBatches
 from dytrun.engine import fit
 from dytrun.norm import GroupNorm, PointWise, RmsNorm
 from dytrun.probe_sites import SiteLook, Watch
-from dytrun.records import ProbeRecord
+from dytrun.records import ProbeRecord, Remark
 from dytrun.run import load_config
 from dytrun.sites import Site
 from dytrun.sources import Split, load_data
@@ -183,6 +183,23 @@ def test_probes_never_come_where_there_is_no_norm(tmp_path):
     bench = Bench(tmp_path, "tracking.probe_every_steps=5")
     bench.sites = []
     assert not [record for record in bench.records() if isinstance(record, ProbeRecord)]
+
+
+def test_a_probe_that_fails_ends_no_run(tmp_path):
+    bench = Bench(tmp_path, *DRAWS, "tracking.probe_every_steps=22")
+    bench.state.model.get_submodule("blocks.0").register_forward_pre_hook(full)
+    records = bench.records()
+    assert not [record for record in records if isinstance(record, ProbeRecord)]
+    assert [record.text for record in records if isinstance(record, Remark)] == [
+        f"the norms after step {step} could not be looked at (no memory for 8 images)" for step in (22, 44)
+    ]
+    assert bench.state.step == 44
+
+
+def full(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+    """Raise what CUDA raises where a probe's images no longer fit."""
+    if len(args[0]) == activations.GLANCE_IMAGES and not torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("no memory for 8 images")
 
 
 @pytest.mark.slow
@@ -458,6 +475,12 @@ def test_wrong_input_is_one_line_and_leaves_nothing(runs, monkeypatch, capsys, t
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
+    for name in ("shared", "drawn"):
+        (tmp_path / name / "figures").mkdir(parents=True)
+        (tmp_path / name / "probe.json").write_text("an earlier one")
+    (tmp_path / "shared" / "notes.md").write_text("")
+    (tmp_path / "drawn" / "figures" / "paper.tex").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
     cases = (
         ([str(tmp_path / "nowhere")], "no run there"),
         ([str(damaged)], "no LATEST checkpoint there; train the run first"),
@@ -466,7 +489,11 @@ def test_wrong_input_is_one_line_and_leaves_nothing(runs, monkeypatch, capsys, t
         ([str(runs["ln"]), "weights=ema"], "the run has no ema weights; say weights=raw"),
         ([str(runs["ln"]), "batches=12"], "12 of 32 images are 384, and the validation split has 360; lower"),
         ([str(runs["ln"]), f"out={tmp_path / 'file'}"], "file is a file; give a folder"),
-        ([str(runs["ln"]), f"out={tmp_path / 'full'}"], "full holds other files"),
+        ([str(runs["ln"]), f"out={tmp_path / 'full'}"], "full holds other files (thesis.txt)"),
+        ([str(runs["ln"]), f"out={tmp_path / 'shared'}"], "shared holds other files (notes.md)"),
+        ([str(runs["ln"]), f"out={tmp_path / 'drawn'}"], "drawn holds other files (figures/paper.tex)"),
+        ([str(runs["ln"]), f"out={tmp_path / 'link'}"], "link is a link; give a folder"),
+        ([str(runs["ln"]), "out=."], "out: . is where this command runs"),
         ([str(runs["ln"]), "out=/proc/nowhere"], "/proc/nowhere cannot be written"),
         ([], "dir: which run? say dytrun probe DIR"),
         ([str(runs["ln"]), "-m"], "takes one directory"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny
 
-from dytrun import compose, report
+from dytrun import compose, report, terminal
 from dytrun.cli import main
 from dytrun.config import RunConfig
 from dytrun.errors import UserError
@@ -170,7 +170,8 @@ def test_any_norm_can_be_the_baseline(tmp_path):
     assert "ln is 1.00 points above dyt alpha_init=0.5" in pair.verdicts[0]
     put(tmp_path, "norm=dyt", "norm.alpha_init=0.8", top1=91.0)
     assert not built(tmp_path, "baseline=dyt").pairs[0].verdicts
-    assert "no run has norm=derf, the baseline; there are runs with dyt, ln" in built(tmp_path, "baseline=derf").refused
+    with pytest.raises(UserError, match="baseline: no run has norm=derf; there are runs with dyt, ln"):
+        built(tmp_path, "baseline=derf")
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -361,18 +362,46 @@ def damaged(path: Path, how: str) -> None:
         np.savez(path, correct=np.array([{"a": 1}], dtype=object), num=np.array(10_000))
     elif how == "lies":
         np.savez(path, correct=np.packbits(np.ones(10_000, bool)), num=np.array(10_000))
+    elif how == "bomb":
+        np.savez_compressed(path, correct=np.zeros(50_000_000, np.uint8), num=np.array(10_000))
     elif how == "thin":
         np.savez(path, correct=np.packbits(np.ones(8, bool)), num=np.array(10_000))
+    elif how == "endless":
+        np.savez(path, correct=np.packbits(np.ones(10_000, bool)), num=np.array(np.inf))
+    elif how in FLAGS:
+        place, bit = FLAGS[how]
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(b"PK\1\2") + place] |= bit
+        path.write_bytes(raw)
     else:
         np.savez(path, hits=np.ones(10_000, bool))
 
 
+# One bit in an entry of the archive's index, and a reader takes it to be encrypted, or packed in a way nobody knows.
+FLAGS = {"encrypted": (8, 1), "unknown": (10, 0x40)}
 DAMAGES = {
+    "endless": "cannot be read", "encrypted": "cannot be read", "unknown": "cannot be read",
     "cut": "cannot be read", "flipped": "cannot be read", "text": "cannot be read", "empty": "cannot be read",
     "pickle": "cannot be read", "keys": "cannot be read", "short": "is of 9,999 images, result.json of 10000",
     "lies": "counts 10,000 hits, 100 %, where result.json says top-1 91.0 %",
+    "bomb": "cannot be read (50,000,128 bytes are too many for 10000 images)",
     "thin": "has not one bit for each of 10,000",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("top1", float("nan"), "result.json, top1: no finite number"),
+     ("val_loss", float("inf"), "result.json, val_loss: no finite number"),
+     ("science", {"norm": {}, "data": {}, "augment": {}}, "result.json lacks the run's science")],
+)  # fmt: skip
+def test_a_result_that_is_no_result_is_said(tmp_path, key, value, said):
+    put(tmp_path)
+    put(tmp_path, "norm=dyt", top1=91.0)
+    path = next(tmp_path.glob("*dyt*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    lines = built(tmp_path).refused
+    assert f"{path.parent.name}: its files cannot be read ({said}); train it again" in lines
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -387,6 +416,12 @@ def test_a_correct_npz_that_does_not_fit_is_said_and_not_used(tmp_path, how):
     assert line.endswith("train it again")
     assert found.pairs[0].arms[1].images is None
     assert found.pairs[0].arms[1].top1_difference.mean == pytest.approx(1.0)
+
+
+def test_a_setting_in_brackets_is_no_markup(capsys):
+    terminal.table("runs in a[b]", ["[c]"], [["include=['*[d]*']"]], ["e[f]"])
+    said = capsys.readouterr().out
+    assert [text for text in ("runs in a[b]", "[c]", "include=['*[d]*']", "e[f]") if text not in said] == []
 
 
 def test_runs_without_hits_are_named_in_one_line(tmp_path):

@@ -57,7 +57,7 @@ def test_a_server_that_is_none_costs_seconds_and_no_run(tmp_path, track, serve):
     asked_for = {"dir": tmp_path / "asked", "env": REFUSED, "overrides": ["tracking.mode=online"], "do": []}
     *all_seen, refused = track(*requests, asked_for)
     assert refused["error"].startswith("tracking.mode: W&B cannot be reached")
-    assert refused["start_s"] < 20
+    assert refused["start_s"] < 30  # ours are 10; W&B's own would be 90
     for how, seen in zip(hows, all_seen, strict=True):
         assert seen["code"] == 0, how
         assert seen["start_s"] < 8, how
@@ -128,14 +128,16 @@ def test_a_slow_server_and_a_full_disk_of_wandb_slow_no_step(tmp_path, track, se
     try:
         slow, filled = track(
             {"dir": tmp_path / "slow", "env": {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address},
-             "do": [["log", 1, 300], ["finish", False, True]]},
+             # However long this machine takes to start W&B: the run is open there in its middle.
+             "do": [["log", 1, 150], ["wait", str(tmp_path / "slow" / "wandb" / "rows.json"), '"rows": null'],
+                    ["log", 151, 300], ["finish", False, True]]},
             {"dir": full.parent,
              "do": [["log", 1, 50], ["fill", str(full)], ["log", 51, 3000], ["finish", True, False]]},
         )  # fmt: skip
     finally:
         subprocess.run(["umount", full], check=True)
-    assert slow["notes"][0].startswith("W&B: http")
-    assert filled["notes"][1].startswith("W&B is left out from here (not all records could be written to ")
+    assert any(note.startswith("W&B: http") for note in slow["notes"])
+    assert filled["notes"][-1].startswith("W&B is left out from here (not all records could be written to ")
     for name, seen, count in (("slow", slow, 300), ("full", filled, 3000)):
         assert seen["code"] == 0, name
         assert seen["start_s"] < 8, name

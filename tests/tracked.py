@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dytrun.compose import expand
 from dytrun.errors import UserError
-from dytrun.records import Accuracy, EvalRecord, Position, RunResult, Speed, TrainRecord, np
+from dytrun.records import Accuracy, EvalRecord, Position, ProbeRecord, RunResult, Speed, TrainRecord, np
 from dytrun.tracking import Tracker
 
 LOSS = 1.0
@@ -63,7 +63,8 @@ def run(request: dict) -> None:
         elif name == "epochs":
             for step in range(values[0], values[1] + 1):
                 alpha = {f"blocks.{depth}.norm1": 0.5 + depth + step / 100 for depth in range(3)}
-                tracker.log(replace(train_record(step), epoch=float(step), alpha=alpha))
+                tracker.log(replace(train_record(step), epoch=float(step)))
+                tracker.log(ProbeRecord(step, float(step), step * 32, alpha, {}, {}))
                 tracker.log(eval_record(step))
         elif name == "wait":
             until, path = time.monotonic() + 60, Path(values[0])
