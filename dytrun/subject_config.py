@@ -39,6 +39,8 @@ class LlamaConfig(BaseModel):
     heads: Count
     hidden: Count
     """Width between the linear layers of a feed-forward block."""
+    init_std: Literal["auto"] | Positive
+    """Standard deviation of every weight matrix at the start; auto: the root of 1/width."""
     embedding_scale: Annotated[Literal["auto", "on", "off"], unbool]
     """Whether a learnable scalar, at first the root of the width, follows the embedding; auto: of point-wise norms."""
 

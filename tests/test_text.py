@@ -207,6 +207,9 @@ def test_arms_differ_by_the_norm_parameters_and_the_scale_of_the_embedding(small
     for norm, scale in (("dyt", "off"), ("rms", "on")):
         names = build_arm(small(f"norm={norm}", f"model.embedding_scale={scale}"), 256)[0].state_dict()
         assert ("model.embed_tokens.scale" in names) is (scale == "on")
+    for given, std in (("auto", 16**-0.5), ("0.02", 0.02)):
+        weight = build_plain(small("norm=rms", f"model.init_std={given}"), 256).get_input_embeddings().weight
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert small("norm=dyt").pair_id == small("norm=rms").pair_id == small("norm=derf").pair_id
 
 
