@@ -6,10 +6,21 @@ As a library: `from dytrun import convert_norms`; see `dytrun.library`.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dytrun.library import Derf, DynamicTanh, Site, convert_norms, end_zero_init, llama_rules, scale_embedding
+    from dytrun.library import (
+        Derf,
+        DynamicTanh,
+        Site,
+        UserError,
+        convert_norms,
+        end_zero_init,
+        llama_rules,
+        scale_embedding,
+    )  # fmt: skip
 
 __version__ = "0.1.0"
-__all__ = ["Derf", "DynamicTanh", "Site", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding"]
+__all__ = [
+    "Derf", "DynamicTanh", "Site", "UserError", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

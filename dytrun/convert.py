@@ -5,6 +5,7 @@ alphas alone. weight and bias are taken over from the norm they replace (SwinV2 
 missing, and a fused activation stays where it was.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from dytrun.errors import UserError
 from dytrun.foreign import eps_of
 from dytrun.functions import FUNCTIONS
 from dytrun.norm import GroupNorm, PointWise, RmsNorm
-from dytrun.sites import Site, chosen_by, matches, norm_sites, norms_left
+from dytrun.sites import FAMILIES, Site, chosen_by, matches, norm_sites, norms_left
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,27 @@ class Conversion:
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Raise UserError for what no model could be converted with."""
+        if self.name not in (*FUNCTIONS, "rms", "group"):
+            raise UserError(f"norm: there is no '{self.name}'; there are {', '.join(FUNCTIONS)}, rms and group")
+        for key, starts in (("alpha_init", {"": self.alpha_init}), ("rules", self.rules)):
+            if not isinstance(starts, Mapping):
+                raise UserError(f"norm.{key}: {starts!r} does not map patterns to alphas; say {{'attention': 0.8}}")
+            for pattern, start in starts.items():
+                if isinstance(start, bool) or not isinstance(start, int | float) or not 0 < start < math.inf:
+                    raise UserError(f"norm.{key}: {pattern and f'{pattern}: '}{start!r} is no alpha to start from; "
+                                    "give a positive number")  # fmt: skip
+        for key in ("types", "include", "exclude"):
+            if isinstance(getattr(self, key), str | type):
+                raise UserError(f"norm.{key}: {getattr(self, key)!r} is one, and a list is asked for; put it into [ ]")
+        if unknown := [one for one in self.types if not isinstance(one, type) and one not in FAMILIES]:
+            raise UserError(f"norm.types: there is no {unknown[0]!r}; there are {', '.join(FAMILIES)}, and classes")
+        if not self.types:
+            raise UserError(f"norm.types: is empty; name some of {', '.join(FAMILIES)}, or classes")
+        if self.num_groups < 1:
+            raise UserError(f"norm.num_groups: {self.num_groups} is no number of groups; give 1 or more")
+
 
 def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Site]]:
     """Return the sites that a conversion replaces, each with its alpha_init, and those of its types that it leaves.
@@ -47,8 +69,6 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
     Raises:
         UserError: there are none, a pattern matches none, one has no twin, or channels that groups cannot share.
     """
-    if how.name not in (*FUNCTIONS, "rms", "group"):
-        raise UserError(f"norm: there is no '{how.name}'; there are {', '.join(FUNCTIONS)}, rms and group")
     sites = norm_sites(model, how.types)
     if not sites:
         left = ", ".join(f"{count} {kind}" for kind, count in norms_left(model).items())

@@ -14,7 +14,9 @@ from dytrun.errors import UserError
 from dytrun.norm import PointWise
 from dytrun.sites import Site
 
-__all__ = ["Derf", "DynamicTanh", "Site", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding"]
+__all__ = [
+    "Derf", "DynamicTanh", "Site", "UserError", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding",
+]  # fmt: skip
 
 
 def DynamicTanh(  # noqa: N802  stands where a class of norms stands

@@ -163,8 +163,8 @@ class PointWise(nn.Module):
         self.channel_axis = channel_axis
         self.eps = 0.0
         size = num_channels if per_channel_alpha else 1
-        self.alpha = nn.Parameter(torch.full((size,), alpha_init))
-        self.shift = None if shift_init is None else nn.Parameter(torch.full((size,), shift_init))
+        self.alpha = nn.Parameter(torch.full((size,), float(alpha_init)))
+        self.shift = None if shift_init is None else nn.Parameter(torch.full((size,), float(shift_init)))
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_channels))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_channels))
         self.gain = math.sqrt(num_channels) if function == "dyisru" else 1.0

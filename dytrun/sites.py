@@ -69,6 +69,7 @@ FAMILIES = tuple(_FAMILIES)
 _OTHER_NORMS = ("torch.nn.modules.batchnorm._NormBase", "timm.layers.grn.GlobalResponseNorm")
 ROLES = ("attention", "feed_forward", "qk", "final", "other")
 
+_PATTERN = re.compile(r"([^@]+)(?:@(\d+)(?:-(\d+))?)?")
 _QK = re.compile(r"(q|k|v|kv)_?(norm|ln)|(norm|ln)_?(q|k|v|kv)")
 _NO_LAYER = (nn.Identity, nn.Dropout)  # attn_drop is no attention
 _HEAD = re.compile(r"head|pool|fc_norm")
@@ -152,11 +153,12 @@ def matches(pattern: str, site: Site) -> bool:
     A pattern is a role, a class name (`LayerNorm2d`) or a glob over the dotted name (`blocks.*.norm1`); `@A-B` after it
     keeps blocks A to B, `@A` block A alone: `attention@0-5`, `*@11`.
     """
-    what, _, span = pattern.partition("@")
-    if span:
-        first, _, last = span.partition("-")
-        if site.block is None or not int(first) <= site.block <= int(last or first):
-            return False
+    parts = _PATTERN.fullmatch(pattern)
+    if parts is None:
+        return False
+    what, first, last = parts.groups()
+    if first and (site.block is None or not int(first) <= site.block <= int(last or first)):
+        return False
     return what in (site.role, site.kind) or fnmatchcase(site.name, what)
 
 

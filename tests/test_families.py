@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dytrun
-from dytrun import Derf, DynamicTanh, convert_norms, end_zero_init, llama_rules, scale_embedding
-from dytrun.errors import UserError
+from dytrun import Derf, DynamicTanh, UserError, convert_norms, end_zero_init, llama_rules, scale_embedding
 from dytrun.norm import PointWise
 
 
@@ -364,3 +363,46 @@ def test_the_library_needs_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What is wrong, and what is said of it; in a process of its own, where no test's type checker speaks first.
+WRONG = [
+    ("norm='layernorm'", "norm: there is no 'layernorm'; there are dyt, derf,"),
+    ("alpha_init='x'", "norm.alpha_init: 'x' is no alpha to start from"),
+    ("alpha_init=float('nan')", "norm.alpha_init: nan is no alpha to start from"),
+    ("alpha_init=-0.5", "norm.alpha_init: -0.5 is no alpha to start from"),
+    ("rules={'*': 0}", "norm.rules: *: 0 is no alpha to start from"),
+    ("rules=['*']", "norm.rules: ['*'] does not map patterns to alphas"),
+    ("rules={'*@first': 1.0}", "norm.rules: '*@first' matches no site"),
+    ("types='layernorm'", "norm.types: 'layernorm' is one, and a list is asked for"),
+    ("types=['LayerNorm']", "norm.types: there is no 'LayerNorm'; there are layernorm, rmsnorm,"),
+    ("types=[]", "norm.types: is empty"),
+    ("exclude='1'", "norm.exclude: '1' is one, and a list is asked for"),
+    ("norm='group', num_groups=0", "norm.num_groups: 0 is no number of groups"),
+]
+TRY = f"""
+from torch import nn
+from dytrun import DynamicTanh, UserError, convert_norms
+def model():
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+for options in ({", ".join(f"dict({options})" for options, _ in WRONG)}):
+    left = model()
+    try:
+        convert_norms(left, **options)
+    except UserError as error:
+        assert [type(one) for one in left] == [type(one) for one in model()]
+        print(error)
+found = model()
+convert_norms(found, "derf", alpha_init=1, rules={{"2": 2}}, shift_init=0)
+print(found[1].alpha.item(), found[2].alpha.item(), DynamicTanh(4, alpha_init=1).alpha.dtype)
+"""
+
+
+def test_what_cannot_be_is_said_in_a_line_each_and_nothing_is_touched_and_whole_numbers_are_numbers():
+    run = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    *lines, numbers = run.stdout.splitlines()
+    assert len(lines) == len(WRONG), run.stdout
+    for line, (_, said) in zip(lines, WRONG, strict=True):
+        assert line.startswith(said)
+    assert numbers == "1.0 2.0 torch.float32"
