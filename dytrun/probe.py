@@ -26,7 +26,7 @@ from dytrun.model import put_on
 from dytrun.probe_sites import Cloud, SiteLook, Watch
 from dytrun.processes import end_loaders
 from dytrun.records import Table, write_json
-from dytrun.sources import Split, load_data
+from dytrun.sources import Data, Split, fingerprint_difference, load_data
 
 # Over fewer sites a correlation has no interval.
 _FEWEST = 4
@@ -130,7 +130,7 @@ def config_of(config: ProbeConfig) -> RunConfig:
     Raises:
         UserError: there is no such run, or its norms have nothing to be probed.
     """
-    trained = run.elsewhere(run.load_config(Path(config.dir)), config.data_root)
+    trained = run.load_config(Path(config.dir), config.data_root)
     if trained.data.name == "text":
         raise UserError(f"{config.dir}: trained on text, and dytrun probe looks at images; what its norms did while it "
                         "trained is in metrics.jsonl (tracking.probe_every_steps)")  # fmt: skip
@@ -156,6 +156,7 @@ def look(config: ProbeConfig, trained: RunConfig, say: Callable[[str], None]) ->
     device = torch.device("cpu") if devices is None else torch.device("cuda", devices[0])
     machine.prepare_torch(trained.machine, device)
     data = load_data(trained.images)
+    _check_images(saved, data)
     chosen = spread_over_classes(data.val, config.batches, config.batch)
     model, norms = build_arm(trained, data.num_classes)
     sites = [site for site in norms if site.has_twin]
@@ -184,6 +185,13 @@ def look(config: ProbeConfig, trained: RunConfig, say: Callable[[str], None]) ->
         "images": chosen.tolist(),
     }
     return Probe(about, looks, clouds, correlation(looks))
+
+
+def _check_images(saved: Checkpoint, data: Data) -> None:
+    """Refuse validation images that are not those of the run; its training images need not be here."""
+    before = {name: fact for name, fact in saved.state.get("data", {}).items() if "train" not in name}
+    if difference := fingerprint_difference({**data.facts, **before}, data.facts):
+        raise UserError(f"data_root: not the validation images of the run ({difference}); give those")
 
 
 def spread_over_classes(split: Split, batches: int, batch: int) -> np.ndarray:

@@ -162,7 +162,7 @@ def _lead(
 def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     """Evaluate a checkpoint of the run of `run_dir` on this rank's share; rank 0 returns the counts."""
     directory, chosen = Path(run_dir), EvalConfig.model_validate_json(options)
-    config = elsewhere(load_config(directory), chosen.data_root)
+    config = load_config(directory, chosen.data_root)
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -188,7 +188,7 @@ def evaluate_rank(run_dir: str, options: str) -> dict[str, Any] | None:
 def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     """Do the step again at which the run of `run_dir` diverged; rank 0 returns what was seen."""
     directory, chosen = Path(run_dir), ReplayConfig.model_validate_json(options)
-    config = elsewhere(load_config(directory), chosen.data_root)
+    config = load_config(directory, chosen.data_root)
     devices, _ = machine.resolve_devices(chosen.devices)
     with session(devices, config.machine.collective_timeout_s) as place:
         machine.prepare_torch(config.machine, place.device)
@@ -201,15 +201,18 @@ def replay_rank(run_dir: str, options: str) -> dict[str, Any] | None:
     return found if place.is_first else None
 
 
-def load_config(run_dir: Path) -> RunConfig:
-    """Read a run's configuration back.
+def load_config(run_dir: Path, data_root: str | None = None) -> RunConfig:
+    """Read a run's configuration back; `data_root` is where its data lies now, if not where it did.
 
     Raises:
-        UserError: the directory holds no run.
+        UserError: the directory holds no run, or its data lies nowhere.
     """
     try:
-        return validate(RunConfig, resume.completed(json.loads((run_dir / "config.json").read_text())))
-    except (OSError, ValueError, TypeError) as error:
+        values = resume.completed(json.loads((run_dir / "config.json").read_text()))
+        if data_root is not None:
+            values["data"] = values["data"] | {"root": data_root}
+        return validate(RunConfig, values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{run_dir}: no run there (config.json: {error}); give the directory of a run") from None
 
 
@@ -327,13 +330,6 @@ def _warm_start(config: RunConfig, model: nn.Module, data: AnyData, around: Surr
         torch.cuda.reset_peak_memory_stats(around.place.device)  # the peak of a run is that of its training
     if around.place.is_first:
         write_json(directory / "init.json", found)
-
-
-def elsewhere(config: RunConfig, root: str | None) -> RunConfig:
-    """Return a configuration whose data lies elsewhere."""
-    if root is None:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
 
 
 def _init_facts(directory: Path) -> dict[str, Any]:

@@ -73,6 +73,12 @@ class DataConfig(BaseModel):
     max_bad_fraction: Fraction
     """Share of the training images that may be unreadable and replaced by others of their class."""
 
+    @model_validator(mode="after")
+    def _lies_somewhere(self) -> "DataConfig":
+        if self.root is not None and self.name in ("digits", "synthetic"):
+            raise ValueError(f"data.root: {self.name} comes with dytrun, and {self.root} is not read; leave it null")
+        return self
+
 
 class TextConfig(BaseModel):
     """Which text, byte by byte."""

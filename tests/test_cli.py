@@ -85,6 +85,7 @@ def test_help_lists_every_group_and_key(monkeypatch, capsys):
         (["train", *TINY, "global_batch=2000"], "more than the 1437 training images"),
         (["train", *TINY, "global_batch=33", "machine.devices=2"], "cannot be split over 2 ranks"),
         (["train", *TINY, "runs_dir=/proc/nowhere"], "runs_dir: /proc/nowhere"),
+        (["train", *TINY, "data.root=/mnt"], "data.root: digits comes with dytrun, and /mnt is not read"),
         (["train", "runs"], "'runs' is no key=value"),
         (["train", "--config-dir", "/nowhere"], "--config-dir: /nowhere is no directory"),
         (["eval"], "dir: which run?"),

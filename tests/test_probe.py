@@ -494,6 +494,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(runs, monkeypatch, capsys, t
         ([str(runs["ln"]), f"out={tmp_path / 'drawn'}"], "drawn holds other files (figures/paper.tex)"),
         ([str(runs["ln"]), f"out={tmp_path / 'link'}"], "link is a link; give a folder"),
         ([str(runs["ln"]), "out=."], "out: . is where this command runs"),
+        ([str(runs["ln"]), "data_root=/nope"], "data.root: digits comes with dytrun, and /nope is not read"),
         ([str(runs["ln"]), "out=/proc/nowhere"], "/proc/nowhere cannot be written"),
         ([], "dir: which run? say dytrun probe DIR"),
         ([str(runs["ln"]), "-m"], "takes one directory"),
@@ -506,7 +507,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(runs, monkeypatch, capsys, t
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_other_wrong_runs(runs, monkeypatch, capsys, tmp_path):
+def test_other_wrong_runs(runs, monkeypatch, capsys, tmp_path, image_tree):
     """A damaged checkpoint, another model's, data that is gone, a norm without a curve, a model without norms."""
 
     def copied(name: str, **changes) -> Path:
@@ -524,10 +525,16 @@ def test_other_wrong_runs(runs, monkeypatch, capsys, tmp_path):
     point_wise = tiny("norm=identity").model_dump(mode="json")["norm"]
     kwargs = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg"}
     gone = str(tmp_path / "gone")
+    classes = {f"c{number}": 1 for number in range(10)}
+    others = str(image_tree(train=classes, val=classes))
     cases = (
         (damaged, "damaged (model.safetensors has"),
         (copied("other", model={"kwargs": kwargs}), "checkpoint of step 44: it does not fit the model of this run"),
         (copied("data", data={"name": "folder", "root": gone}), f"{gone} is no folder"),
+        (
+            copied("others", data={"name": "folder", "root": others}),
+            "not the validation images of the run (val 360",
+        ),
         (copied("identity", norm=point_wise), "straight lines (norm=identity)"),
         (copied("resnet", model={"name": "resnet18", "kwargs": {}}), "no norm that is known here (resnet18)"),
     )
