@@ -119,14 +119,15 @@ def over_epochs(groups: Sequence[Group]) -> list[Chart]:
 
 
 def alpha_sweeps(groups: Sequence[Group]) -> list[Chart]:
-    """Draw top-1 against alpha_init wherever arms differ in it alone: two or more of them are a sweep."""
+    """Draw top-1 against alpha_init wherever arms differ in it alone: two or more are a sweep, if one has a top-1."""
     sweeps: dict[str, list[Group]] = {}
     for group in groups:
         if (alpha := group.arm.alpha_init) is not None:
             sweeps.setdefault(group.arm.label.replace(f" alpha_init={alpha:g}", ""), []).append(group)
     others = [group for group in groups if group.arm.alpha_init is None and group.arm.top1 is not None]
     return [_sweep(name, sorted(sweep, key=lambda group: group.arm.alpha_init or 0.0), others)
-            for name, sweep in sweeps.items() if len({group.arm.alpha_init for group in sweep}) > 1]  # fmt: skip
+            for name, sweep in sweeps.items() if len({group.arm.alpha_init for group in sweep}) > 1
+            and any(group.arm.top1 is not None for group in sweep)]  # fmt: skip
 
 
 def layout(x_title: str, y_title: str = "", height: int = 320) -> dict[str, Any]:
@@ -270,11 +271,11 @@ def _sweep(name: str, sweep: Sequence[Group], others: Sequence[Group]) -> Chart:
                    "symbol": [group.look.symbol for group, _ in known]},
     })  # fmt: skip
     if lost:
-        foot = min((top1.mean for _, top1 in known), default=0.0)
+        foot = min(top1.mean for _, top1 in known)
         data.append({
             "type": "scatter", "mode": "markers+text", "x": [group.arm.alpha_init for group in lost],
             "y": [foot] * len(lost), "text": ["diverged"] * len(lost), "textposition": "top center",
-            "name": "diverged or failed", "hoverinfo": "skip",
+            "name": "diverged or failed", "hoverinfo": "skip", "cliponaxis": False,
             "marker": {"symbol": "x", "size": 10, "color": [group.look.colour for group in lost]},
         })  # fmt: skip
     shape = layout("alpha_init")

@@ -122,7 +122,7 @@ def _titles(sections: Sequence[Section], groups: Sequence[Sequence[Group]]) -> l
 
 def _section(section: Section, title: str, number: int, groups: Sequence[Group], charts: list[Chart]) -> str:
     """Return a pair's part of the page; its charts are added to `charts`."""
-    pair, depth, place = section.pair, by_depth(groups), f"pair-{number}"
+    pair, curves, depth, place = section.pair, over_epochs(groups), by_depth(groups), f"pair-{number}"
     kind = "none" if not pair.verdicts else "long" if len(pair.verdict) > _LONG else ""
     remarks = _list([*_more(pair), *section.remarks])
     parts = [
@@ -132,7 +132,7 @@ def _section(section: Section, title: str, number: int, groups: Sequence[Group],
         f'<p class="verdict {kind}">{escape(_verdict(pair))}</p>',
         _results(section, title, groups),
         remarks,
-        _part("Over the epochs", _arms(groups) + _charts(over_epochs(groups), charts)),
+        _part("Over the epochs", _arms(groups) + _charts(curves, charts) if curves else ""),
         _part("Where alpha starts", _charts(alpha_sweeps(groups), charts)),
         _part("The norms by depth", _ramp(depth) + _charts(depth.charts, charts) if depth else ""),
         _part("Speed and memory", _charts(costs(groups), charts)),

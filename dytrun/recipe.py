@@ -23,7 +23,8 @@ def differences(groups: Sequence[Group], title: str) -> str:
     values = {key: [value_at(run.result.science, key) for run in firsts] for key in sorted(found, key=_place)}
     # An empty list where another norm has no such setting is no difference.
     rows = [[key, *map(told, row)] for key, row in values.items() if any(value not in (None, [], {}) for value in row)]
-    rows.append(["seed", *(_all(group, lambda run: run.result.seed) for group in groups)])
+    seeds = [_all(group, lambda run: run.result.seed) for group in groups]
+    rows += [["seed", *seeds]] * (len(set(seeds)) > 1)
     facts = [_where(run) for group in groups for run in group.runs]
     for name in dict.fromkeys(name for fact in facts for name in fact):
         if len({told(fact.get(name)) for fact in facts}) > 1:

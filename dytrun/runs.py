@@ -85,7 +85,7 @@ def _load(path: Path, problems: list[str], unkept: list[str]) -> Run | None:
     name = path.name
     try:
         config = json.loads((path / "config.json").read_text())
-        if not isinstance(config, dict):
+        if not isinstance(config, dict) or not {"model", "norm", "data"} <= config.keys():
             raise ValueError("config.json is no configuration")
         result = _RESULT.validate_python(json.loads((path / "result.json").read_text()))
         parts = [result.science.get(key) for key in ("norm", "data")]

@@ -137,6 +137,7 @@ def _at_the_end(groups: Sequence[Group], sites: Sequence[str]) -> Chart | None:
         return None
     shape = layout("", height=340)
     ticks = thinned(range(len(sites)), 13)
+    shape["margin"] |= {"l": 96}  # plotly leaves a slanted label out that would reach over the edge
     shape["xaxis"] |= {"tickvals": ticks, "ticktext": [plain(sites[tick]) for tick in ticks], "tickangle": -40,
                        "hoverformat": "d"}  # fmt: skip
     note = "Bars: ± one standard deviation over seeds." if any(len(group.runs) > 1 for group, _ in drawn) else ""

@@ -70,8 +70,8 @@ def _said(base: Arm, arm: Arm) -> str:
     found = arm.top1_difference
     if found is None:
         if arm.top1 is None or base.top1 is None:
-            none = arm if arm.top1 is None else base
-            return f"{arm.label} against {base.label}: {none.label} has no finished run ({_unfinished(none)})."
+            none = [f"{one.label} has no finished run ({_unfinished(one)})" for one in (base, arm) if one.top1 is None]
+            return f"{arm.label} against {base.label}: {', and '.join(none)}."
         return f"{arm.label} against {base.label}: no seed has a finished run of both."
     size = f"{arm.label} is {_size(base, arm)} in top-1"
     if found.n == 1:

@@ -179,9 +179,18 @@ def test_the_page_says_how_to_do_it_again(tmp_path):
     assert "<th scope=row>norm.name</th><td>ln</td><td>dyt</td>" in page
     assert "<th scope=row>commit</th><td>–</td><td>abc, with changes</td>" in page
     assert "<th scope=row>optim.lr</th>" not in page
+    assert "<th scope=row>seed</th>" not in page
     for path in tmp_path.glob("*/starts.jsonl"):
         path.unlink()
     assert page_of(tmp_path).count("Its command was not recorded") == 2
+
+
+def test_where_every_run_diverged_no_chart_is_promised(tmp_path):
+    for overrides in ((), ("norm=dyt",), ("norm=dyt", "norm.alpha_init=2")):
+        train(tmp_path, *overrides, top1=(), status="diverged")
+    page = page_of(tmp_path)
+    assert not alpha_sweeps(groups_of(tmp_path))
+    assert "Over the epochs" not in page and "Where alpha starts" not in page and "Reproduce" in page
 
 
 def test_comparisons_are_named_by_what_keeps_them_apart(tmp_path):

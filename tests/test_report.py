@@ -333,6 +333,12 @@ def test_runs_left_out_of_a_comparison_are_said_in_it(tmp_path):
     put(tmp_path / "lost")
     verdict = built(tmp_path / "lost").pairs[0].verdict
     assert verdict == "dyt alpha_init=0.5 against ln: dyt alpha_init=0.5 has no finished run (1 diverged)."
+    put(tmp_path / "both", "norm=dyt", status="diverged", top1=None)
+    put(tmp_path / "both", status="failed", top1=None)
+    assert built(tmp_path / "both").pairs[0].verdict == (
+        "dyt alpha_init=0.5 against ln: ln has no finished run (1 failed), "
+        "and dyt alpha_init=0.5 has no finished run (1 diverged)."
+    )
 
 
 def test_ema_weights_are_compared_where_both_have_them(tmp_path):
@@ -448,7 +454,7 @@ def test_runs_validated_on_other_images_are_not_compared(tmp_path):
 
 
 HALVES = {
-    "config.json": ("", "{", "[]"), "result.json": ("", "[]", "{}", '{"status": "finished"}', "null"),
+    "config.json": ("", "{", "[]", "{}"), "result.json": ("", "[]", "{}", '{"status": "finished"}', "null"),
     "metrics.jsonl": ("{\n", "3\n", '"x"\n'),
 }  # fmt: skip
 
