@@ -145,6 +145,8 @@ def text_problems(config: Any) -> list[str]:
     if config.machine.loader != "torch":
         problems.append(f"machine.loader: {config.machine.loader} decodes images, and data=text is in memory; "
                         "leave it torch")  # fmt: skip
+    if config.machine.workers not in ("auto", 0):
+        problems.append("machine.workers: data=text is in memory, and no process loads it; leave it auto")
     if config.optim.layer_decay < 1:
         problems.append("optim.layer_decay: layers of model=llama are not numbered; leave it 1.0")
     if isinstance(config.norm, PointWiseConfig) and config.norm.calibrate:
