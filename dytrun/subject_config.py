@@ -135,6 +135,9 @@ def text_problems(config: Any) -> list[str]:
     augment, problems = config.augment, []
     if config.norm.name == "ln":
         problems.append("norm: model=llama has no LayerNorm to keep; its baseline is norm=rms")
+    if config.norm.name == "group":
+        problems.append("norm: group takes its statistics over all bytes of a window, also those that are still to be "
+                        "predicted; choose rms, or a point-wise norm")  # fmt: skip
     if (
         augment.scale
         or augment.rand_augment

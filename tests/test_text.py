@@ -281,6 +281,7 @@ def test_runs_on_images_have_the_names_that_they_had_before_there_was_text():
     (("model=llama", "data=digits", "norm=rms"), "model=llama reads text, say data=text"),
     (("model=vit_ti", "data=text"), "data=text takes a language model, say model=llama"),
     (("model=llama", "data=text"), "norm: model=llama has no LayerNorm to keep; its baseline is norm=rms"),
+    (("model=llama", "data=text", "norm=group"), "norm: group takes its statistics over all bytes of a window"),
     (("model=llama", "data=text", "norm=dyt", "augment=light"), "augment: text is not augmented"),
     (("model=llama", "data=text", "norm=dyt", "machine.loader=dali"), "machine.loader: dali decodes images"),
     (("model=llama", "data=text", "norm=dyt", "optim.layer_decay=0.7"), "optim.layer_decay: "),
