@@ -373,6 +373,14 @@ def test_a_norm_written_by_hand_is_known_by_what_it_computes():
     assert model[0].alpha.is_meta
 
 
+def test_where_new_tensors_go_does_not_change_what_a_norm_is():
+    """As within `with torch.device("cuda")`, or after torch.set_default_device."""
+    with torch.device("meta"):
+        model = nn.Sequential(ImageLayerNorm(6), RMSNorm(6))
+        sites = convert_norms(model, types=["layernorm", "rmsnorm"])
+    assert [(site.family, site.channels_last) for site in sites] == [("layernorm", False), ("rmsnorm", True)]
+
+
 def test_what_is_wrong_is_said_in_a_line_and_nothing_is_touched():
     model, _ = llama()
     with pytest.raises(UserError, match=r"no LayerNorm to convert \(it has 7 LlamaRMSNorm\)"):
