@@ -183,7 +183,8 @@ class RunConfig(BaseModel):
             problems.append("machine.devices: an empty list; name a device or say auto")
         if isinstance(self.machine.devices, list) and len({*self.machine.devices}) < len(self.machine.devices):
             problems.append(f"machine.devices: {self.machine.devices} names a device twice; a rank needs its own")
-        if isinstance(self.norm, PointWiseConfig) and self.norm.calibrate and self.init_from is None:
+        is_image = not isinstance(self.data, TextConfig)  # what is calibrated on text is said already
+        if is_image and isinstance(self.norm, PointWiseConfig) and self.norm.calibrate and self.init_from is None:
             problems.append(
                 "norm.calibrate: there is no trained norm to fit, because the weights are drawn anew; give a trained "
                 "LayerNorm model with init_from=FILE"

@@ -1,11 +1,12 @@
 """Bytes of text to train on and to evaluate on: Python's own documentation, a file, or a tree of files.
 
-Text is cut into pieces (a docstring, a line of a file), which are put into a hundred contiguous blocks of about as many
-bytes; every tenth block is for validation. Identical docstrings, and identical files, are taken once, so that none
-is on both sides.
+Text is cut into pieces (a docstring, a line of a file or a part of a long one), which are put into a hundred contiguous
+blocks of about as many bytes; every tenth block is for validation. Identical docstrings, and identical files, are taken
+once, so that none is on both sides.
 """
 
 import ast
+import io
 import os
 import sysconfig
 import warnings
@@ -22,6 +23,7 @@ _LEFT_OUT = frozenset(
      "ensurepip", "__pycache__")
 )  # fmt: skip
 _BLOCKS, _VALIDATION_EVERY = 100, 10
+_LONGEST = 1024  # bytes of a line that stay together: some texts, text8 say, are one line
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -83,7 +85,7 @@ def _docstring(node: ast.AST) -> str | None:
 
 
 def _lines(root: Path) -> Iterator[bytes]:
-    """Yield every line of the files of a tree, or of one file, in the order of their paths; a file's twins are left."""
+    """Yield the pieces of the files of a tree, or of one file, in the order of their paths; a file's twins are left."""
     if not root.exists():
         raise UserError(f"data.root: no {root}; give a file of text, a folder of such files, or null")
     known: set[bytes] = set()
@@ -98,9 +100,16 @@ def _lines(root: Path) -> Iterator[bytes]:
                             ) from None  # fmt: skip
         if content not in known:
             known.add(content)
-            yield from (line if line.endswith(b"\n") else line + b"\n" for line in content.splitlines(keepends=True))
+            yield from _cut(content)
     if not known:
         raise UserError(f"data.root: {root} holds no file that ends with {', '.join(SUFFIXES)}; give another folder")
+
+
+def _cut(content: bytes) -> Iterator[bytes]:
+    """Yield the lines of a file, a long one in parts; the last one is ended, so that no file runs into the next."""
+    for line in io.BytesIO(content):  # at line feeds alone
+        ended = line if line.endswith(b"\n") else line + b"\n"
+        yield from (ended[start : start + _LONGEST] for start in range(0, len(ended), _LONGEST))
 
 
 def _files(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()) -> list[Path]:

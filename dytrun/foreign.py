@@ -51,8 +51,13 @@ def eps_of(module: nn.Module) -> float | None:
 def kind_of(module: nn.Module) -> Kind | None:
     """Return what a module computes, if that is LayerNorm or RMSNorm over one axis; None if it is anything else.
 
-    The module stays as it is, and no random number is drawn.
+    The module stays as it is, and no random number is drawn. It is tried on the CPU, whatever device new tensors go to.
     """
+    with torch.device("cpu"):
+        return _tried(module)
+
+
+def _tried(module: nn.Module) -> Kind | None:
     shape, parameters = shape_of(module), dict(module.named_parameters(recurse=False))
     if len(shape) != 1 or not parameters.keys() <= {"weight", "bias"} or len(list(module.children())):
         return None

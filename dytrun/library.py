@@ -96,7 +96,9 @@ def end_zero_init(model: nn.Module) -> list[str]:
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
     zero = [name for name, layer in found.items() if not bool(layer.weight.any())]
     for name in zero:
-        nn.init.xavier_uniform_(found[name].weight.flatten(1))
+        weight = found[name].weight
+        # Flat, as DiT draws them, and then copied: of a weight that is channels last a flat view is none.
+        weight.copy_(nn.init.xavier_uniform_(torch.empty_like(weight.flatten(1))).view(weight.shape))
     return zero
 
 

@@ -94,13 +94,17 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
     `blocks`: blocks that are alike in all but weights share their compiled code, and the gradients of a block are
     ready when its backward ends, so that DDP can send them while the next one computes.
 
+    timm's models have them in `blocks`, Hugging Face's in `layers`.
+
     Raises:
-        UserError: the model has no `blocks`.
+        UserError: the model has neither.
     """
     if how == "model":
         module.compile(dynamic=False, options=INDUCTOR)
     if how == "blocks":
-        lists = [item for name, item in module.named_modules() if name.rpartition(".")[2] == "blocks"]
+        named = [(name.rpartition(".")[2], item) for name, item in module.named_modules()]
+        wanted = "blocks" if any(name == "blocks" for name, _ in named) else "layers"
+        lists = [item for name, item in named if name == wanted]
         blocks = [block for item in lists if isinstance(item, nn.Sequential | nn.ModuleList) for block in item]
         # Blocks with drop-path rates of their own, and training and evaluation, are compiled apart; past the limit
         # torch would run the rest uncompiled.

@@ -70,18 +70,24 @@ _OTHER_NORMS = ("torch.nn.modules.batchnorm._NormBase", "timm.layers.grn.GlobalR
 ROLES = ("attention", "feed_forward", "qk", "final", "other")
 
 _PATTERN = re.compile(r"([^@]+)(?:@(\d+)(?:-(\d+))?)?")
-_QK = re.compile(r"(q|k|v|kv)_?(norm|ln)|(norm|ln)_?(q|k|v|kv)")
+_QK = re.compile(r"(q|k|v|kv)(_a)?_?(layer_?)?(norm|ln)|(norm|ln)_?(added_)?(q|k|v|kv)")
 _NO_LAYER = (nn.Identity, nn.Dropout)  # attn_drop is no attention
 _HEAD = re.compile(r"head|pool|fc_norm")
 _ATTENTION = re.compile(r"attn|attention|mixer|token|modulation", re.IGNORECASE)  # whatever mixes tokens
-_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
-# Hugging Face's decoders register their norms after both sub-layers, so that only these names tell which is whose.
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|intermediate|dense_?(relu|act|gated)", re.IGNORECASE)
+# Hugging Face's blocks often register their norms after both sub-layers, so that only these names tell which is whose.
 _NAMED = {
-    "input_layernorm": "attention", "pre_attention_layernorm": "attention",
-    "post_attention_layernorm": "feed_forward", "pre_feedforward_layernorm": "feed_forward",
-    "pre_mlp_layernorm": "feed_forward", "post_feedforward_layernorm": "feed_forward",
-    "post_mlp_layernorm": "feed_forward",
+    "input_layernorm": "attention", "pre_attention_layernorm": "attention", "attention_layernorm": "attention",
+    "pre_self_attn_layernorm": "attention", "post_self_attn_layernorm": "attention",
+    "self_attn_layer_norm": "attention", "encoder_attn_layer_norm": "attention", "layernorm_before": "attention",
+    "operator_norm": "attention",
+    "pre_feedforward_layernorm": "feed_forward", "post_feedforward_layernorm": "feed_forward",
+    "feedforward_layernorm": "feed_forward", "pre_mlp_layernorm": "feed_forward",
+    "post_mlp_layernorm": "feed_forward", "pre_ff_layernorm": "feed_forward", "layernorm_after": "feed_forward",
+    "ffn_norm": "feed_forward",
 }  # fmt: skip
+# What stands before the attention; where a block has none of these, its `post_attention_layernorm` is the attention's.
+_BEFORE_ATTENTION = ("input_layernorm", "pre_attention_layernorm")
 
 
 @dataclass(frozen=True)
@@ -218,8 +224,8 @@ def _role_in_block(modules: dict[str, nn.Module], name: str) -> str:
         return "other"
     if _QK.fullmatch(own):
         return "qk"
-    if own in _NAMED:
-        return _NAMED[own]
+    if role := _role_by_name(modules[".".join(path)], path, own):
+        return role
     for depth in range(len(path), 0, -1):
         container = modules[".".join(path[:depth])]
         child = name.split(".")[depth]
@@ -228,6 +234,17 @@ def _role_in_block(modules: dict[str, nn.Module], name: str) -> str:
         if "block" not in path[depth - 1] and (role := _sublayer(path[depth - 1])):
             return role
     return "other"
+
+
+def _role_by_name(container: nn.Module, path: Sequence[str], own: str) -> str | None:
+    """Return the role that Hugging Face's name of a norm tells, in its container at `path`."""
+    siblings = dict(container.named_children())
+    if own == "post_attention_layernorm":  # before the feed-forward layer in LLaMA, after the attention in OLMo 2
+        is_before = any(name in siblings for name in _BEFORE_ATTENTION) and "pre_feedforward_layernorm" not in siblings
+        return "feed_forward" if is_before else "attention"
+    if own == "final_layer_norm" and path[-1].isdigit():  # of a block, as fairseq names it
+        return "feed_forward"
+    return _NAMED.get(own)
 
 
 def _role_among(container: nn.Module, own: str) -> str | None:
@@ -265,4 +282,6 @@ def _block_path(name: str, role: str) -> str | None:
     inner = [index for index, part in enumerate(parts) if "block" not in part and _sublayer(part)]
     parts = parts[: inner[0]] if inner else parts
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if [parts[index - 1] for index in numbers[-2:]] == ["block", "layer"]:  # T5 numbers the sub-layers of a block too
+        numbers.pop()
     return ".".join(parts[: numbers[-1] + 1]) if numbers else None

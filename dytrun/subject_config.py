@@ -141,6 +141,9 @@ def text_problems(config: Any) -> list[str]:
     augment, problems = config.augment, []
     if config.norm.name == "ln":
         problems.append("norm: model=llama has no LayerNorm to keep; its baseline is norm=rms")
+    if config.norm.name == "group":
+        problems.append("norm: group takes its statistics over all bytes of a window, also those that are still to be "
+                        "predicted; choose rms, or a point-wise norm")  # fmt: skip
     if (
         augment.scale
         or augment.rand_augment
@@ -151,6 +154,8 @@ def text_problems(config: Any) -> list[str]:
     if config.machine.loader != "torch":
         problems.append(f"machine.loader: {config.machine.loader} decodes images, and data=text is in memory; "
                         "leave it torch")  # fmt: skip
+    if config.machine.workers not in ("auto", 0):
+        problems.append("machine.workers: data=text is in memory, and no process loads it; leave it auto")
     if config.optim.layer_decay < 1:
         problems.append("optim.layer_decay: layers of model=llama are not numbered; leave it 1.0")
     if isinstance(config.norm, PointWiseConfig) and config.norm.calibrate:

@@ -174,6 +174,8 @@ def _mismatch(
         parts.append(f"{name} is {there} there and {here} here")
     if any(name.endswith(".alpha") for name in surplus):
         hint = "it has point-wise norms: say norm=dyt, or whichever it was trained with"
+    elif any(name.endswith("embed_tokens.scale") for name in missing):
+        hint = "its embedding is not scaled: say model.embedding_scale=off"
     else:
         hint = "check model, model.kwargs, norm and data.image_size"
     return f"{'; '.join(parts)}; {hint}"

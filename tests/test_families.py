@@ -208,6 +208,41 @@ def test_llamas_alphas_go_by_place_and_width_and_there_is_no_bias():
     assert model.model.norm.alpha.item() == pytest.approx(0.2)
 
 
+# class of transformers, its configuration: roles of its norms (a attention, f feed-forward, q qk, o other, F final)
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+DECODER = TINY | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+SEQUENCES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 40,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 0}  # fmt: skip
+ROLES = {
+    "MistralForCausalLM": (DECODER, "afF"),
+    "Qwen2ForCausalLM": (DECODER, "afF"),
+    "Olmo2ForCausalLM": (DECODER, "qqafF"),  # after attention, and after the feed-forward layer
+    "Glm4ForCausalLM": (DECODER, "afafF"),
+    "ApertusForCausalLM": (DECODER, "qqafF"),
+    "PersimmonForCausalLM": (TINY, "qqafF"),
+    "GPT2LMHeadModel": ({"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}, "afF"),
+    "OPTModel": ({"hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 24, "num_attention_heads": 2, "vocab_size": 40,
+                  "word_embed_proj_dim": 16}, "oaf"),  # the last one is registered first
+    "BertModel": (TINY, "oaf"),
+    "ViTModel": (TINY, "afF"),
+    "T5Model": ({"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}, "afoaafF"),
+    "WhisperModel": (SEQUENCES, "afoaafF"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_roles_of_what_hugging_face_has(name):
+    transformers = pytest.importorskip("transformers")
+    values, roles = ROLES[name]
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**values))
+    sites = convert_norms(model, types=["layernorm", "rmsnorm"])
+    letter = {"attention": "a", "feed_forward": "f", "qk": "q", "other": "o", "final": "F"}
+    assert "".join(letter[site.role] for site in sites) == roles
+    assert len({site.block for site in sites} - {None}) == (2 if "aa" in roles else 1), "encoder and decoder, or one"
+
+
 def test_the_papers_table_of_alphas_is_kept_and_filled_in():
     table = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
     for width, (attention, other) in table.items():
@@ -275,6 +310,14 @@ def test_a_zero_start_is_taken_back_for_dyt():
     assert end_zero_init(model) == []
 
 
+def test_a_zero_start_is_taken_back_in_any_memory_format():
+    layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    nn.init.zeros_(layer.weight)
+    assert end_zero_init(nn.Sequential(layer)) == ["0"]
+    assert layer.weight.abs().max() > 0
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 class Weird(nn.Module):
     """A norm by its name, and by nothing else."""
 
@@ -328,6 +371,14 @@ def test_a_norm_written_by_hand_is_known_by_what_it_computes():
         model = nn.Sequential(ImageLayerNorm(6))
     assert convert_norms(model)[0].channels_last is False
     assert model[0].alpha.is_meta
+
+
+def test_where_new_tensors_go_does_not_change_what_a_norm_is():
+    """As within `with torch.device("cuda")`, or after torch.set_default_device."""
+    with torch.device("meta"):
+        model = nn.Sequential(ImageLayerNorm(6), RMSNorm(6))
+        sites = convert_norms(model, types=["layernorm", "rmsnorm"])
+    assert [(site.family, site.channels_last) for site in sites] == [("layernorm", False), ("rmsnorm", True)]
 
 
 def test_what_is_wrong_is_said_in_a_line_and_nothing_is_touched():

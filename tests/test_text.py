@@ -24,10 +24,12 @@ from dytrun.corpus import read_corpus, split
 from dytrun.data import RankShare
 from dytrun.errors import UserError
 from dytrun.evaluate import evaluate
+from dytrun.model import compile_model
 from dytrun.norm import PointWise
 from dytrun.plan import outline
 from dytrun.records import RunResult
 from dytrun.text import ValWindows, load_text, train_windows
+from dytrun.weights import load_weights
 
 CPU = torch.device("cpu")
 SMALL = ("model=llama", "model.width=16", "model.depth=2", "model.heads=2", "model.hidden=24", "data=text",
@@ -81,6 +83,18 @@ def test_a_tree_is_its_text_files_in_the_order_of_their_paths_and_twins_count_on
     assert len(train) + len(val) == sum(map(len, pieces))
 
 
+def test_a_text_of_one_line_is_split_too_and_no_byte_is_changed(tmp_path):
+    content = bytes(32 + n * n % 95 for n in range(200_000))  # as text8 is
+    (tmp_path / "one.txt").write_bytes(content)
+    train, val = read_corpus(str(tmp_path / "one.txt"))
+    assert len(train) + len(val) == len(content) + 1
+    assert 0.08 < len(val) / len(content) < 0.12
+    assert content.startswith(train[:10_000])
+    assert val[:1000] in content
+    (tmp_path / "one.txt").write_bytes(b"a\rb\r\n" * 2000)
+    assert b"".join(corpus._lines(tmp_path)) == b"a\rb\r\n" * 2000
+
+
 def test_the_docstrings_are_the_same_in_every_process_and_none_is_there_twice():
     pieces = list(corpus._docstrings())
     assert len({*pieces}) == len(pieces) > 5000
@@ -100,7 +114,7 @@ def test_the_docstrings_are_the_same_in_every_process_and_none_is_there_twice():
     ({}, "data.root: no "),
     ({"x.bin": b"1"}, "holds no file that ends with .txt, .md, .rst, .py"),
     ({"x.txt": b"good\n", "y.txt": b"\xff\xfe bad"}, r"y\.txt is no UTF-8 text \(byte 0\)"),
-    ({"x.txt": b"one line, however long"}, "too little to train on one part and evaluate on another"),
+    ({"x.txt": b"one short line"}, "too little to train on one part and evaluate on another"),
     ({"x.txt": b""}, "too little to train"),
     ({"x.txt": b"ab\n" * 300}, "data.context: .* hold no window of 1024"),
 ])  # fmt: skip
@@ -213,6 +227,31 @@ def test_arms_differ_by_the_norm_parameters_and_the_scale_of_the_embedding(small
     assert small("norm=dyt").pair_id == small("norm=rms").pair_id == small("norm=derf").pair_id
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch._dynamo looks at .grad
+@pytest.mark.slow
+def test_a_llama_is_compiled_block_by_block(small):
+    model, _ = build_arm(small("norm=dyt"), 256)
+    compile_model(model, "blocks")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    for block in model.model.layers:
+        assert block._compiled_call_impl is not None
+        block._compiled_call_impl = torch.compile(block._call_impl, backend=counter, dynamic=False)
+    model(torch.arange(32).view(2, 16)).sum().backward()
+    assert counter.frame_count >= 1
+
+
+def test_weights_without_the_scalar_of_the_embedding_say_which_key_to_set(small):
+    rms, _ = build_arm(small("norm=rms"), 256)
+    for scale in ("auto", "off"):
+        dyt, _ = build_arm(small("norm=dyt", f"model.embedding_scale={scale}"), 256)
+        if scale == "off":
+            assert load_weights(dyt, rms.state_dict(), Path("rms.safetensors")).copied == len(rms.state_dict())
+            continue
+        with pytest.raises(UserError, match=r"embed_tokens\.scale; .* say model\.embedding_scale=off"):
+            load_weights(dyt, rms.state_dict(), Path("rms.safetensors"))
+
+
 def test_alphas_are_the_papers_by_width_unless_they_are_given():
     wide = ("model=llama", "data=text", "norm=dyt", "model.width=4096", "model.heads=32")
     norm = config_of(*wide).norm
@@ -242,9 +281,12 @@ def test_runs_on_images_have_the_names_that_they_had_before_there_was_text():
     (("model=llama", "data=digits", "norm=rms"), "model=llama reads text, say data=text"),
     (("model=vit_ti", "data=text"), "data=text takes a language model, say model=llama"),
     (("model=llama", "data=text"), "norm: model=llama has no LayerNorm to keep; its baseline is norm=rms"),
+    (("model=llama", "data=text", "norm=group"), "norm: group takes its statistics over all bytes of a window"),
     (("model=llama", "data=text", "norm=dyt", "augment=light"), "augment: text is not augmented"),
     (("model=llama", "data=text", "norm=dyt", "machine.loader=dali"), "machine.loader: dali decodes images"),
     (("model=llama", "data=text", "norm=dyt", "optim.layer_decay=0.7"), "optim.layer_decay: "),
+    (("model=llama", "data=text", "norm=dyt", "machine.workers=2"), "machine.workers: data=text is in memory"),
+    (("model=llama", "data=text", "norm=dyt", "norm.calibrate=true"), "norm.calibrate: fits to LayerNorms"),
     (("model=llama", "data=text", "norm=dyt", "model.heads=3"), "model.heads: 3 heads cannot share a width of 128"),
     (("model=llama", "data=text", "norm=dyt", "model.drop_path=0.1"), "model.drop_path: another option of this group"),
     (("model=llama", "data=text", "norm=dyt", "data.image_size=32"), "data.image_size: another option of this group"),
