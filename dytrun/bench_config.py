@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
-from dytrun.config import RunConfig
+from dytrun.config import FilePath, RunConfig
 from dytrun.norm_config import STRICT, Count, Positive
 
 
@@ -39,7 +39,7 @@ class NormBench(BaseModel):
     rounds: _ROUNDS
     unit_ms: Positive
     confidence: _CONFIDENCE
-    out: str | None
+    out: FilePath | None
 
 
 class ModelBench(BaseModel):
@@ -54,7 +54,7 @@ class ModelBench(BaseModel):
     rounds: _ROUNDS
     steps: _AutoCount
     confidence: _CONFIDENCE
-    out: str | None
+    out: FilePath | None
 
 
 class TrainerBench(BaseModel):
@@ -66,7 +66,7 @@ class TrainerBench(BaseModel):
     rounds: _ROUNDS
     steps: Count
     confidence: _CONFIDENCE
-    out: str | None
+    out: FilePath | None
 
 
 class StackBench(BaseModel):
@@ -84,7 +84,7 @@ class StackBench(BaseModel):
     length: _AutoCount
     rounds: _ROUNDS
     confidence: _CONFIDENCE
-    out: str | None
+    out: FilePath | None
 
 
 class DataBench(BaseModel):
@@ -93,14 +93,14 @@ class DataBench(BaseModel):
     model_config = STRICT
     name: Literal["data"]
     peer: Literal["timm"] | None
-    peer_root: Annotated[str, Field(min_length=1)] | None
+    peer_root: FilePath | None
     workers: Annotated[list[_Workers], Field(min_length=1), AfterValidator(_each_once)] | None
     batch: _AutoCount
     rounds: _ROUNDS
     unit_s: Positive
     device: bool
     confidence: _CONFIDENCE
-    out: str | None
+    out: FilePath | None
 
 
 class BenchOptions(BaseModel):

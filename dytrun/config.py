@@ -14,6 +14,7 @@ from dytrun.subject_config import (
     AnyDataConfig,
     AnyModelConfig,
     DataConfig,
+    FilePath,
     Fraction,
     Slug,
     TextConfig,
@@ -153,7 +154,7 @@ class RunConfig(BaseModel):
     init_part: str | None
     """Name of the state dict within the file, where it holds several."""
     published: Published | None
-    runs_dir: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+    runs_dir: FilePath
     dry_run: bool
 
     @model_validator(mode="before")
@@ -282,9 +283,9 @@ class EvalConfig(BaseModel):
     """`dytrun eval DIR`."""
 
     model_config = STRICT
-    dir: str
+    dir: FilePath
     checkpoint: Literal["last", "best"]
-    data_root: str | None
+    data_root: FilePath | None
     devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
     batch_per_rank: Count
@@ -294,8 +295,8 @@ class ReplayConfig(BaseModel):
     """`dytrun replay DIR`."""
 
     model_config = STRICT
-    dir: str
-    data_root: str | None
+    dir: FilePath
+    data_root: FilePath | None
     devices: Literal["auto"] | Count | list[Annotated[int, Field(ge=0)]]
 
 
@@ -303,15 +304,15 @@ class ProbeConfig(BaseModel):
     """`dytrun probe DIR`."""
 
     model_config = STRICT
-    dir: str
+    dir: FilePath
     checkpoint: Literal["last", "best"] | Count
     """Which one; a number is the step after which it was made."""
     weights: Literal["raw", "ema"]
     batches: Count
     batch: Count
-    data_root: str | None
+    data_root: FilePath | None
     workers: Literal["auto"] | Annotated[int, Field(ge=0)]
-    out: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] | None
+    out: FilePath | None
     wandb: bool
 
 
@@ -319,7 +320,7 @@ class ReportConfig(BaseModel):
     """`dytrun report [DIR]`."""
 
     model_config = STRICT
-    dir: str
+    dir: FilePath
     baseline: Slug | None
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     margin: Annotated[float, Field(gt=0, lt=100)]

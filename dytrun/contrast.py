@@ -37,6 +37,8 @@ class Arm:
     val_loss: Sample | None
     top1_difference: Difference | None
     ema_difference: Difference | None
+    loss_difference: Difference | None
+    """Of val_loss."""
     equivalence: Equivalence | None
     """Over seeds, or image by image where there is one pair of runs; None where neither can be tested."""
     images: ImageComparison | None
@@ -62,6 +64,7 @@ def contrasts(by_arm: Mapping[str, Sequence[Run]], baseline: str | None, rule: R
     arms = [_arm(label, list(runs), [] if label == baseline else base, rule) for label, runs in by_arm.items()]
     top1 = _corrected(arms, lambda arm: arm.top1_difference)
     ema = _corrected(arms, lambda arm: arm.ema_difference)
+    loss = _corrected(arms, lambda arm: arm.loss_difference)
     same = _corrected(arms, lambda arm: arm.equivalence)
     images = _corrected(arms, lambda arm: arm.images)
     return [
@@ -69,6 +72,7 @@ def contrasts(by_arm: Mapping[str, Sequence[Run]], baseline: str | None, rule: R
             arm,
             top1_difference=arm.top1_difference and replace(arm.top1_difference, p_holm=top1[place]),
             ema_difference=arm.ema_difference and replace(arm.ema_difference, p_holm=ema[place]),
+            loss_difference=arm.loss_difference and replace(arm.loss_difference, p_holm=loss[place]),
             equivalence=arm.equivalence and _decided(arm.equivalence, same[place], rule),
             images=arm.images and replace(arm.images, p_holm=images[place]),
         )
@@ -83,6 +87,7 @@ def _arm(label: str, runs: list[Run], base: list[Run], rule: Rule) -> Arm:
     is_comparable = bool(base) and len({speed_setting(run.result) for run in [*runs, *base]}) == 1
     top1, ema = _by_seed(runs, lambda result: result.top1), _by_seed(runs, lambda result: result.ema_top1)
     base_top1 = _by_seed(base, lambda result: result.top1)
+    loss, base_loss = (_by_seed(own, lambda result: result.val_loss) for own in (runs, base))
     images, parts = _image_by_image(runs, base, rule.confidence)
     same = equivalence(top1, base_top1, rule.margin, rule.confidence)
     if same is None and images is not None and images.n_pairs == len(top1.keys() & base_top1.keys()) == 1:
@@ -95,9 +100,10 @@ def _arm(label: str, runs: list[Run], base: list[Run], rule: Rule) -> Arm:
         top1=_sample(top1),
         ema_top1=_sample(ema),
         best_top1=_sample(_by_seed(runs, lambda result: result.best_top1)),
-        val_loss=_sample(_by_seed(runs, lambda result: result.val_loss)),
+        val_loss=_sample(loss),
         top1_difference=paired_difference(top1, base_top1, rule.confidence),
         ema_difference=paired_difference(ema, _by_seed(base, lambda result: result.ema_top1), rule.confidence),
+        loss_difference=paired_difference(loss, base_loss, rule.confidence),
         equivalence=same,
         images=images,
         spread=parts,

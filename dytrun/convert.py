@@ -94,7 +94,8 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
                 f"norm.num_groups: {how.num_groups} groups cannot share the {site.num_channels} channels of "
                 f"{site.name}; choose a divisor"
             )
-    chosen_by("norm.rules", list(how.rules), chosen)
+    # A rule may mean a site that is left out: where alpha starts before attention is said for every LLaMA.
+    chosen_by("norm.rules", list(how.rules), sites)
     return (
         [replace(site, alpha_init=_alpha_init(site, how)) for site in chosen],
         [site for site in sites if site not in chosen],

@@ -4,25 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from dytrun.config import Slug
+from dytrun.config import FilePath, Slug
 from dytrun.norm_config import STRICT, Count, Positive
-
-Path = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 class PackConfig(BaseModel):
     """`dytrun data pack SRC`."""
 
     model_config = STRICT
-    source: Path
-    out: Path
+    source: FilePath
+    out: FilePath
     short_side: Annotated[int, Field(ge=16, le=8192, strict=True)] | None
     """Pixels."""
     quality: Literal["auto"] | Annotated[int, Field(ge=1, le=100, strict=True)]
     keep_unreadable: bool
     train_split: Slug
     val_split: Slug
-    val_labels: Path | None
+    val_labels: FilePath | None
     workers: Literal["auto"] | Count
     shard_mib: Literal["auto"] | Positive
 
@@ -44,4 +42,4 @@ class VerifyConfig(BaseModel):
     """`dytrun data verify DIR`."""
 
     model_config = STRICT
-    dir: Path
+    dir: FilePath

@@ -9,7 +9,7 @@ from dytrun.errors import UserError
 from dytrun.labels import arm_label
 from dytrun.records import RunResult, difference
 from dytrun.runs import Run
-from dytrun.verdict import of_arms, of_pair
+from dytrun.verdict import of_arms, of_losses, of_pair
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,20 @@ def _pair(pair_id: str, members: list[Run], baseline: str, rule: Rule) -> Pair:
     data = str(first.science["data"].get("name"))
     if data == "text":
         verdict, *verdicts = (said.replace("top-1", "next-byte top-1") for said in (verdict, *verdicts))
+        verdicts += of_losses(arms[0], arms[1:]) if chosen else []
     return Pair(pair_id, first.model, data, arms, verdict, verdicts)
 
 
 def _other_images(members: Sequence[Run]) -> str | None:
-    """Say if the runs of a pair did not all see the same images."""
+    """Say if the runs of a pair did not all see the same images, or text."""
+    what = "text" if members[0].result.science["data"].get("name") == "text" else "images"
     fingerprints = sorted({run.result.data_fingerprint for run in members if run.result.data_fingerprint})
     if len(fingerprints) > 1:
-        return f"its runs saw different images (data fingerprints {', '.join(fingerprints)})"
+        return f"its runs saw different {what} (data fingerprints {', '.join(fingerprints)})"
     numbers = sorted({run.result.num_val for run in members if run.result.num_val is not None})
     if len(numbers) > 1:
-        return f"its runs were validated on different images ({' and '.join(f'{num:,}' for num in numbers)} of them)"
+        of = " and ".join(f"{num:,}" for num in numbers)
+        return f"its runs were validated on different {what} ({of} {'bytes' if what == 'text' else 'of them'})"
     return None
 
 

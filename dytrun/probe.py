@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from dytrun import machine, probe_figures, probe_page, run
@@ -23,27 +22,13 @@ from dytrun.config import ProbeConfig, RunConfig
 from dytrun.data import ValBatches
 from dytrun.errors import UserError, first_line
 from dytrun.model import put_on
-from dytrun.probe_sites import Cloud, SiteLook, Watch
+from dytrun.probe_sites import Cloud, Correlation, SiteLook, Watch, correlation
 from dytrun.processes import end_loaders
 from dytrun.records import Table, write_json
 from dytrun.sources import Data, Split, fingerprint_difference, load_data
 
-# Over fewer sites a correlation has no interval.
-_FEWEST = 4
 # A smaller share is written as 0.0 %.
 _SEEN = 0.0005
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Of alpha with 1/std of the input, over the sites of a model (figure 8 of DyT's paper)."""
-
-    pearson: float
-    low: float
-    high: float
-    """Interval of `pearson`, 95 %, as if the sites were independent of one another."""
-    spearman: float
-    num_sites: int
 
 
 @dataclass(frozen=True)
@@ -207,19 +192,6 @@ def spread_over_classes(split: Split, batches: int, batch: int) -> np.ndarray:
     by_class = np.argsort(split.labels, kind="stable")
     chosen = by_class[np.arange(num) * there // num]
     return chosen.reshape(batch, batches).T.flatten()
-
-
-def correlation(sites: list[SiteLook]) -> Correlation | None:
-    """Correlate alpha with 1/std over sites."""
-    points = [(site.alpha, site.inverse_std) for site in sites if site.alpha is not None and site.inverse_std]
-    if len(points) < _FEWEST or any(np.ptp(values) == 0 for values in np.array(points).T):
-        return None
-    alphas, inverse = np.array(points, dtype=float).T
-    # SciPy's types do not name what these results have.
-    found: Any = stats.pearsonr(alphas, inverse)
-    ranked: Any = stats.spearmanr(alphas, inverse)
-    low, high = found.confidence_interval(0.95)
-    return Correlation(float(found.statistic), float(low), float(high), float(ranked.statistic), len(points))
 
 
 def _with_weights(model: nn.Module, saved: Checkpoint, part: str) -> nn.Module:

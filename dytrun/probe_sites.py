@@ -6,10 +6,12 @@ Axes: R rows (tokens or pixels), C channel.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor, nn
 
 from dytrun.activations import SATURATED, inner, normalized
@@ -26,6 +28,8 @@ OUTLIER = 5.0
 # Rows of a site that are kept to be drawn and fitted, and elements of them that a fit looks at.
 _MAX_ROWS, _MAX_FITTED = 1024, 32_768
 _BINS = 24
+# Over fewer sites a correlation has no interval.
+_FEWEST = 4
 # Step for the slope of f at 0.
 _SMALL = 1e-6
 
@@ -243,3 +247,28 @@ def _outliers(by_channel: np.ndarray) -> dict[int, float]:
     ratios = by_channel / max(float(np.median(by_channel)), 1e-30)
     order = np.argsort(-ratios, kind="stable")
     return {int(number): float(ratios[number]) for number in order if ratios[number] > OUTLIER}
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of alpha with 1/std of the input, over the sites of a model (figure 8 of DyT's paper)."""
+
+    pearson: float
+    low: float
+    high: float
+    """Interval of `pearson`, 95 %, as if the sites were independent of one another."""
+    spearman: float
+    num_sites: int
+
+
+def correlation(sites: list[SiteLook]) -> Correlation | None:
+    """Correlate alpha with 1/std over sites."""
+    points = [(site.alpha, site.inverse_std) for site in sites if site.alpha is not None and site.inverse_std]
+    if len(points) < _FEWEST or any(np.ptp(values) == 0 for values in np.array(points).T):
+        return None
+    alphas, inverse = np.array(points, dtype=float).T
+    # SciPy's types do not name what these results have.
+    found: Any = stats.pearsonr(alphas, inverse)
+    ranked: Any = stats.spearmanr(alphas, inverse)
+    low, high = found.confidence_interval(0.95)
+    return Correlation(float(found.statistic), float(low), float(high), float(ranked.statistic), len(points))

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from dytrun.alphas import IMAGES, llama_alphas
 from dytrun.norm_config import STRICT, Count, PointWiseConfig, Positive
@@ -12,6 +13,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rgb = tuple[float, float, float]
 # A slug is safe as a part of a path: the identity of a run is a directory name.
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+
+
+def _fits(path: str) -> str:
+    # Linux's NAME_MAX and PATH_MAX: past them every look at a file is an error.
+    if len(path.encode()) > 4095 or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise PydanticCustomError("path_too_long", "longer than a path can be; give another")
+    return path
+
+
+# Of a file or a folder, and fit for a terminal.
+FilePath = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(_fits)]
 # YAML 1.1 reads a bare `off` as false.
 unbool = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 
@@ -57,7 +69,7 @@ class DataConfig(BaseModel):
 
     model_config = STRICT
     name: Literal["imagenet", "folder", "imagenette", "cifar10", "cifar100", "fashion_mnist", "digits", "synthetic"]
-    root: str | None
+    root: FilePath | None
     download: bool
     train_split: Slug
     val_split: Slug
@@ -85,7 +97,7 @@ class TextConfig(BaseModel):
 
     model_config = STRICT
     name: Literal["text"]
-    root: Annotated[str, Field(min_length=1)] | None
+    root: FilePath | None
     """A file or a tree of files; null: the docstrings of Python's standard library."""
     context: Annotated[int, Field(ge=2, le=65536, strict=True)]
     """Bytes that the model sees at once."""

@@ -115,6 +115,8 @@ def _problem(error: dict[str, Any], known: list[str]) -> Iterator[str]:
         yield f"{path}: a value is needed; say {path}=…"
     elif error["type"] == "value_error":
         yield from str(error["ctx"]["error"]).splitlines()
+    elif error["type"] == "path_too_long":
+        yield f"{path}: {error['input'][:40]}… is {error['msg']}"
     elif error["type"] == "union_tag_invalid":
         yield f"{path}.name: {error['ctx']['tag']!r} is none of {error['ctx']['expected_tags']}"
     else:

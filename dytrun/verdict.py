@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dytrun.contrast import Arm
-from dytrun.stats import Equivalence, reach
+from dytrun.stats import Difference, Equivalence, reach
 
 _NO_PROOF = "not larger than chance. That is no proof that the two are equal."
 # With more arms than these, a sentence on each is enough.
@@ -77,18 +77,37 @@ def _said(base: Arm, arm: Arm) -> str:
     if found.n == 1:
         alone = f"with one seed (n = 1), which says nothing about other seeds{_image_clause(arm)}"
         return f"{size} {alone}. Train more seeds."
-    if found.p is None or found.low is None or found.high is None:
+    inside = _interval(found, 2)
+    if inside is None:
         return f"{size} for each of n = {found.n} seeds alike: no interval can be had. Train more seeds."
-    p = p_value(found.p)
-    if found.p_holm is not None and found.p_holm != found.p:
-        p += f", after Holm's correction {p_value(found.p_holm)}"
-    inside = f"{100 * found.confidence:g} % interval {found.low:+.2f} to {found.high:+.2f}, {p}, n = {found.n} seeds"
     left_out = [f"{one.label}: {_unfinished(one)}" for one in (base, arm) if _unfinished(one)]
     inside += f"; not in it: {', '.join(left_out)}" if left_out else ""
     same = arm.equivalence if arm.equivalence and arm.equivalence.is_equal else None
     if found.is_beyond_chance:
         return f"{size} ({inside}): larger than chance" + (f", and yet {_equal(same)}." if same else ".")
     return f"{size} ({inside}): {f'{_equal(same)}.' if same else _NO_PROOF}"
+
+
+def of_losses(base: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Return a sentence an arm on its validation loss, the measure of language models, in nats a byte."""
+    lines = []
+    for arm in arms:
+        if (found := arm.loss_difference) is not None:
+            inside = _interval(found, 3) or f"n = {found.n}"
+            lines.append(f"{arm.label}, validation loss: {abs(found.mean):.3f} nats a byte "
+                         f"{'above' if found.mean >= 0 else 'below'} {base.label} ({inside}).")  # fmt: skip
+    return lines
+
+
+def _interval(found: Difference, digits: int) -> str | None:
+    """Write the interval of a difference, its p value and n; None where there is no interval."""
+    if found.p is None or found.low is None or found.high is None:
+        return None
+    p = p_value(found.p)
+    if found.p_holm is not None and found.p_holm != found.p:
+        p += f", after Holm's correction {p_value(found.p_holm)}"
+    ends = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
+    return f"{100 * found.confidence:g} % interval {ends}, {p}, n = {found.n} seeds"
 
 
 def _size(base: Arm, arm: Arm) -> str:

@@ -91,6 +91,8 @@ def test_help_lists_every_group_and_key(monkeypatch, capsys):
         (["eval"], "dir: which run?"),
         (["eval", "/nowhere"], "/nowhere: no run there"),
         (["report", "/nowhere"], "/nowhere: no directory"),
+        (["report", "a" * 300], f"dir: {'a' * 40}… is longer than a path can be"),
+        (["train", "data=folder", f"data.root={'a/' * 3000}"], "a/a/a/… is longer than a path can be"),
         (["report", "confidence=2"], "confidence: 2"),
     ],
 )  # fmt: skip

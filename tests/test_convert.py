@@ -362,7 +362,7 @@ def test_include_and_exclude(how, expected):
         ({"include": ["blocks.9.*"]}, "norm.include: 'blocks.9.*' matches no site"),
         ({"exclude": ["LayerNorm2d"]}, "norm.exclude: 'LayerNorm2d' matches no site"),
         ({"exclude": ["*"]}, "norm.include and norm.exclude leave none of the 5 sites"),
-        ({"exclude": ["final"], "rules": {"final": 1.0}}, "norm.rules: 'final' matches no site"),
+        ({"rules": {"qk": 1.0}}, "norm.rules: 'qk' matches no site"),
         ({"types": ["rmsnorm"]}, r"no RMSNorm to convert \(it has 5 LayerNorm\)"),
     ],
 )

@@ -26,7 +26,7 @@ from dytrun.compute import autocast
 from dytrun.data import ValBatches
 from dytrun.engine import fit
 from dytrun.norm import GroupNorm, PointWise, RmsNorm
-from dytrun.probe_sites import SiteLook, Watch
+from dytrun.probe_sites import SiteLook, Watch, correlation
 from dytrun.records import ProbeRecord, Remark
 from dytrun.run import load_config
 from dytrun.sites import Site
@@ -343,10 +343,10 @@ def test_alphas_that_are_all_the_same_have_no_correlation():
         return SiteLook(**{**look.__dict__, "alpha": alpha})
 
     stds = (1.0, 2.0, 3.0, 4.0)
-    assert probe.correlation([site(0.5, std) for std in stds]) is None
-    assert probe.correlation([site(None, std) for std in stds]) is None
-    assert probe.correlation([site(1 / std, std) for std in stds[:3]]) is None
-    found = probe.correlation([site(1 / std, std) for std in stds])
+    assert correlation([site(0.5, std) for std in stds]) is None
+    assert correlation([site(None, std) for std in stds]) is None
+    assert correlation([site(1 / std, std) for std in stds[:3]]) is None
+    found = correlation([site(1 / std, std) for std in stds])
     assert (found.pearson, found.spearman) == (pytest.approx(1), pytest.approx(1))
 
 
