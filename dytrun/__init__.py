@@ -9,17 +9,19 @@ if TYPE_CHECKING:
     from dytrun.library import (
         Derf,
         DynamicTanh,
+        PointWise,
         Site,
         UserError,
         convert_norms,
         end_zero_init,
         llama_rules,
         scale_embedding,
-    )  # fmt: skip
+    )
 
 __version__ = "0.1.0"
 __all__ = [
-    "Derf", "DynamicTanh", "Site", "UserError", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding",
+    "Derf", "DynamicTanh", "PointWise", "Site", "UserError", "convert_norms", "end_zero_init", "llama_rules",
+    "scale_embedding",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ missing, and a fused activation stays where it was.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -63,6 +63,21 @@ class Conversion:
             raise UserError(f"norm.num_groups: {self.num_groups} is no number of groups; give 1 or more")
 
 
+class Options(TypedDict, total=False):
+    """The fields of Conversion that `convert_norms` takes by name."""
+
+    alpha_init: float
+    rules: Mapping[str, float]
+    shift_init: float | None
+    learn_alpha: bool
+    per_channel_alpha: bool
+    affine: bool
+    num_groups: int
+    types: Sequence[str | type[nn.Module]]
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+
+
 def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Site]]:
     """Return the sites that a conversion replaces, each with its alpha_init, and those of its types that it leaves.
 
@@ -102,7 +117,7 @@ def chosen_sites(model: nn.Module, how: Conversion) -> tuple[list[Site], list[Si
     )
 
 
-def convert_norms(model: nn.Module, norm: Conversion | str = "dyt", **options: Any) -> list[Site]:
+def convert_norms(model: nn.Module, norm: Conversion | str = "dyt", **options: Unpack[Options]) -> list[Site]:
     """Replace the chosen norms of `model`, in place, and say which: `convert_norms(model, "derf", alpha_init=0.3)`.
 
     `options` are fields of Conversion; Derf has its shift, from 0 on, unless `shift_init` says otherwise.
@@ -113,7 +128,7 @@ def convert_norms(model: nn.Module, norm: Conversion | str = "dyt", **options: A
         UserError: as `chosen_sites`; the model is then as it was.
     """
     if norm == "derf":
-        options = {"shift_init": 0.0} | options
+        options.setdefault("shift_init", 0.0)
     how = replace(norm, **options) if isinstance(norm, Conversion) else Conversion(norm, **options)
     sites, _ = chosen_sites(model, how)
     twins: dict[nn.Module, nn.Module] = {}

@@ -1,6 +1,6 @@
 """What other programs may import: the layers, the converter, and what language models need besides.
 
-Needs torch alone: neither Hydra, W&B nor timm. What is here keeps its meaning within a major version.
+Needs torch and jaxtyping: neither Hydra, W&B nor timm. What is here keeps its meaning within a major version.
 """
 
 import math
@@ -15,7 +15,8 @@ from dytrun.norm import PointWise
 from dytrun.sites import Site
 
 __all__ = [
-    "Derf", "DynamicTanh", "Site", "UserError", "convert_norms", "end_zero_init", "llama_rules", "scale_embedding",
+    "Derf", "DynamicTanh", "PointWise", "Site", "UserError", "convert_norms", "end_zero_init", "llama_rules",
+    "scale_embedding",
 ]  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def llama_rules(width: int) -> dict[str, float]:
     Raises:
         UserError: the width is no positive number.
     """
-    if width < 1:
-        raise UserError(f"llama_rules: {width} is no width of hidden states")
+    if not isinstance(width, int) or width < 1:
+        raise UserError(f"llama_rules: {width!r} is no width of hidden states")
     attention, other = llama_alphas(width)
     return {"*": other, "attention": attention}
 
@@ -74,8 +75,11 @@ def scale_embedding(embedding: nn.Embedding) -> nn.Parameter:
     output layer shares it; the state dict gets `scale`, of shape (1,).
 
     Raises:
-        UserError: it has such a scalar already.
+        UserError: it is no embedding, or has such a scalar already.
     """
+    if not isinstance(embedding, nn.Embedding):
+        raise UserError(f"scale_embedding: a {type(embedding).__name__} is no nn.Embedding; say "
+                        "model.get_input_embeddings() for a model of Hugging Face")  # fmt: skip
     if hasattr(embedding, "scale"):
         raise UserError("scale_embedding: this embedding is scaled already")
     start = torch.full((1,), math.sqrt(embedding.embedding_dim), device=embedding.weight.device)

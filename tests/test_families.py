@@ -28,12 +28,13 @@ def llama(kind: str = "Llama") -> tuple[nn.Module, dict[str, Tensor]]:
     return getattr(transformers, f"{kind}ForCausalLM")(config), {"input_ids": tokens, "labels": tokens}
 
 
-def wav2vec2(is_stable: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
+def wav2vec2(is_stable: bool = False, features: str = "group") -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = pytest.importorskip("transformers")
     config = transformers.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_feat_extract_layers=3,
         conv_dim=[16] * 3, conv_kernel=[5, 3, 3], conv_stride=[3, 2, 2], num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=4, do_stable_layer_norm=is_stable, mask_time_prob=0.0, layerdrop=0.0,
+        num_conv_pos_embedding_groups=4, do_stable_layer_norm=is_stable, feat_extract_norm=features,
+        mask_time_prob=0.0, layerdrop=0.0,
     )  # fmt: skip
     return transformers.Wav2Vec2Model(config), {"input_values": torch.sin(torch.arange(2 * 600.0)).view(2, 600)}
 
@@ -140,6 +141,7 @@ FAMILIES = {
     "qwen3": (lambda: llama("Qwen3"), named("Qwen3RMSNorm"), ["rmsnorm"], 13, 1),
     "wav2vec2": (wav2vec2, named("LayerNorm"), ["layernorm"], 6, 1),
     "wav2vec2 large": (lambda: wav2vec2(True), named("LayerNorm"), ["layernorm"], 6, 1),
+    "wav2vec2 lv60": (lambda: wav2vec2(True, "layer"), named("LayerNorm"), ["layernorm"], 9, 1),
     "dit": (dit, named("LayerNorm"), ["layernorm"], 5, 1),
     "hyena": (lambda: genome(HyenaBlock, nn.LayerNorm), named("LayerNorm"), ["layernorm"], 7, 1),
     "caduceus": (lambda: genome(CaduceusBlock, RMSNorm), named("RMSNorm"), [RMSNorm], 4, 1),
@@ -284,6 +286,20 @@ def test_wav2vec2_keeps_its_first_groupnorm():
     assert isinstance(first, nn.GroupNorm)
     assert isinstance(model.feature_projection.layer_norm, nn.LayerNorm)
     assert isinstance(model(**inputs), transformers.modeling_outputs.Wav2Vec2BaseModelOutput)
+
+
+def test_the_norms_of_wav2vec2s_feature_encoder_can_be_kept():
+    model, _ = wav2vec2(True, "layer")
+    sites = convert_norms(model, exclude=["*feature_*"])
+    assert [site.name.partition(".")[0] for site in sites] == ["encoder"] * 5
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    assert len(kept) == 4 and all(name.startswith("feature_") for name in kept)
+
+
+def test_a_llamas_rules_go_with_sites_that_are_left_out():
+    model, _ = llama()
+    sites = convert_norms(model, types=["rmsnorm"], rules=llama_rules(4096), exclude=["attention"])
+    assert {(site.role, site.alpha_init) for site in sites} == {("feed_forward", 0.2), ("final", 0.2)}
 
 
 def test_dits_norms_have_no_weight_of_their_own_and_get_none():

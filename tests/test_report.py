@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, tiny
+from conftest import TINY, config_of, tiny
+from scipy import stats
 
 from dytrun import compose, report, terminal
 from dytrun.cli import main
@@ -22,7 +23,7 @@ from dytrun.stats import paired_difference, sample
 
 @functools.cache
 def composed(overrides: tuple[str, ...]) -> RunConfig:
-    return tiny(*overrides)
+    return config_of(*overrides) if "data=text" in overrides else tiny(*overrides)
 
 
 def put(directory: Path, *overrides: str, hits: np.ndarray | None = None, **fields) -> RunResult:
@@ -91,6 +92,31 @@ def test_seeds_are_paired_and_the_verdict_says_what_may_be_said(tmp_path):
     assert pair.verdicts[0].endswith("larger than chance.")
     assert "n = 3 seeds" in pair.verdicts[0]
     assert found.refused == []
+
+
+TEXT = ("model=llama", "data=text")
+
+
+def test_losses_on_text_are_compared_seed_by_seed(tmp_path):
+    rms, dyt = (1.61, 1.62, 1.60), (1.73, 1.70, 1.75)
+    for seed in range(3):
+        put(tmp_path, *TEXT, "norm=rms", f"seed={seed}", val_loss=rms[seed], top1=55.0 + seed)
+        put(tmp_path, *TEXT, "norm=dyt", f"seed={seed}", val_loss=dyt[seed], top1=54.1 + 1.1 * seed)
+    (pair,) = built(tmp_path).pairs
+    by_hand = stats.ttest_rel(dyt, rms)
+    low, high = by_hand.confidence_interval(0.95)
+    found = pair.arms[1].loss_difference
+    assert (found.mean, found.low, found.high, found.p) == pytest.approx((np.mean(dyt) - np.mean(rms), low, high,
+                                                                          by_hand.pvalue))  # fmt: skip
+    said = f"dyt alpha_init=1, validation loss: 0.117 nats a byte above rms (95 % interval {low:+.3f} to {high:+.3f}, p"
+    assert any(text.startswith(said) and text.endswith("n = 3 seeds).") for text in pair.verdicts)
+
+
+def test_texts_that_differ_are_not_called_images(tmp_path):
+    put(tmp_path, *TEXT, "norm=rms")
+    put(tmp_path, *TEXT, "norm=dyt", num_val=20)
+    assert not built(tmp_path).pairs
+    assert any("were validated on different text (20 and 10,000 bytes)" in one for one in built(tmp_path).refused)
 
 
 def test_one_seed_is_called_one_seed(tmp_path):

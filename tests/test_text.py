@@ -385,6 +385,7 @@ def test_rms_is_the_baseline_of_the_report_and_a_step_that_diverged_is_done_agai
     said = job.said()
     assert re.search(r"dyt alpha_init=1 is [\d.]+ points (above|below) rms in next-byte top-1", said)
     assert "next-byte accuracy" in said
+    assert re.search(r"dyt alpha_init=1, validation loss: [\d.]+ nats a byte (above|below) rms \(n = 1\)\.", said)
     table = said[said.index("runs in") :]
     rows = [line for line in table.splitlines() if "│" in line and "llama" in line]
     losses = [RunResult.load(path).val_loss for path in sorted((tmp_path / "runs").glob("*/result.json"))]
