@@ -65,13 +65,13 @@ def expand(args: Sequence[str], verb: str = "train") -> Expanded:
             parse = OverridesParser.create().parse_overrides
             parsed = parse(overrides)
             _check_keys(parsed)
-            first = _composed(compose, verb, [one[0] for one in _values(BasicSweeper, parsed)])
+            first = _composed(compose, verb, [values[0] for _, values in _values(BasicSweeper, parsed)])
             is_sweep = any(flag in MULTIRUN for flag in flags) or str(first.hydra.mode).endswith("MULTIRUN")
             is_open = is_sweep and not str(first.hydra.sweeper._target_).endswith(".BasicSweeper")
-            jobs: Any = [[one[0] for one in _values(BasicSweeper, parsed)]]
+            jobs: Any = [[values[0] for _, values in _values(BasicSweeper, parsed)]]
             if is_sweep and not is_open:
                 params = [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()]
-                jobs = itertools.product(*_values(BasicSweeper, [*parse(params), *parsed]))
+                jobs = itertools.product(*dict(_values(BasicSweeper, [*parse(params), *parsed])).values())
             if not is_open:
                 _refuse_sweeps(overrides, parsed, is_sweep)
             configs = [validated(verb, _composed(compose, verb, list(job))) for job in jobs]
@@ -96,7 +96,7 @@ def check_shown(args: Sequence[str], verb: str) -> None:
         try:
             parsed = OverridesParser.create().parse_overrides(overrides)
             _check_keys(parsed)
-            cfg = _composed(compose, verb, [one[0] for one in _values(BasicSweeper, parsed)])
+            cfg = _composed(compose, verb, [values[0] for _, values in _values(BasicSweeper, parsed)])
             guard.check_values(plain(_without_hydra(cfg)))
         except Exception as error:
             raise_composition(error)
@@ -274,20 +274,21 @@ def _know_checked_files() -> None:
     SourcesRegistry.instance().register(CheckedFiles)
 
 
-def _values(sweeper: Any, parsed: Sequence[Any]) -> list[list[str]]:
-    """Return, for each key, the `key=value` of each of its values; as Hydra's basic sweeper, later keys win.
+def _values(sweeper: Any, parsed: Sequence[Any]) -> list[tuple[str, list[str]]]:
+    """Return each override's key, and the `key=value` of each of its values.
 
-    A range without steps has no values that could be listed, and is left out.
+    Of a key that is there twice Hydra's basic sweeper takes the later one; in one run it merges what both hold, if that
+    is a mapping. A range without steps has no values that could be listed, and is left out.
     """
-    by_key: dict[str, list[str]] = {}
+    found: list[tuple[str, list[str]]] = []
     for override in parsed:
         if not override.key_or_group:
             raise UserError(f"{override.input_line}: no key before the '='; say key=value")
         if override.is_sweep_override() and not override.is_discrete_sweep():
             continue
         batches = sweeper.split_arguments([override], None)
-        by_key[override.get_key_element()] = [job[0] for batch in batches for job in batch]
-    return list(by_key.values())
+        found.append((override.get_key_element(), [job[0] for batch in batches for job in batch]))
+    return found
 
 
 def _refuse_sweeps(overrides: list[str], parsed: Sequence[Any], is_sweep: bool) -> None:

@@ -94,29 +94,35 @@ def compile_model(module: nn.Module, how: Literal["off", "blocks", "model"]) -> 
     `blocks`: blocks that are alike in all but weights share their compiled code, and the gradients of a block are
     ready when its backward ends, so that DDP can send them while the next one computes.
 
-    timm's models have them in `blocks`, Hugging Face's in `layers`.
-
     Raises:
-        UserError: the model has neither.
+        UserError: as `blocks_of`.
     """
     if how == "model":
         module.compile(dynamic=False, options=INDUCTOR)
     if how == "blocks":
-        named = [(name.rpartition(".")[2], item) for name, item in module.named_modules()]
-        wanted = "blocks" if any(name == "blocks" for name, _ in named) else "layers"
-        lists = [item for name, item in named if name == wanted]
-        blocks = [block for item in lists if isinstance(item, nn.Sequential | nn.ModuleList) for block in item]
+        blocks = blocks_of(module)
         # Blocks with drop-path rates of their own, and training and evaluation, are compiled apart; past the limit
         # torch would run the rest uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
-        if not blocks:
-            raise UserError(
-                "machine.compile: this model has no blocks to compile one by one; say machine.compile=model"
-            )
         # Else DDP's buckets would cut the blocks once more, and one rank would run other code than several.
         torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile(dynamic=False, options=INDUCTOR)
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return what machine.compile=blocks compiles one by one: timm has it in `blocks`, Hugging Face in `layers`.
+
+    Raises:
+        UserError: the model has neither.
+    """
+    named = [(name.rpartition(".")[2], item) for name, item in module.named_modules()]
+    wanted = "blocks" if any(name == "blocks" for name, _ in named) else "layers"
+    lists = [item for name, item in named if name == wanted]
+    blocks = [block for item in lists if isinstance(item, nn.Sequential | nn.ModuleList) for block in item]
+    if not blocks:
+        raise UserError("machine.compile: this model has no blocks to compile one by one; say machine.compile=model")
+    return blocks
 
 
 def _check_name(name: str) -> None:

@@ -11,7 +11,7 @@ from dytrun.augment import eval_resize
 from dytrun.config import PointWiseConfig, RunConfig, TextConfig
 from dytrun.convert import chosen_sites
 from dytrun.feed import load
-from dytrun.model import check_forward, trainable
+from dytrun.model import blocks_of, check_forward, trainable
 from dytrun.sites import Site, norm_sites, norms_left
 from dytrun.subject_config import LlamaConfig
 from dytrun.text import NUM_BYTES, TextData
@@ -47,6 +47,8 @@ def outline(config: RunConfig) -> Outline:
         model, _ = build_arm(config, num_classes, device="meta")
     if not is_text:
         check_forward(model, config.model.name, num_classes, config.images.image_size)
+    if config.machine.compile == "blocks":
+        blocks_of(model)
     plain = build_plain(config, num_classes, device="meta")
     chosen, left = _sites(config, plain)
     batch = (f"{config.global_batch} = {world} rank(s) × {steps.accumulation} micro-batch(es) × "

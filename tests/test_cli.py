@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import TINY
 
-from dytrun import cli
+from dytrun import cli, compose
 from dytrun.usage import COMMANDS, EXAMPLES
 
 
@@ -88,6 +88,9 @@ def test_help_lists_every_group_and_key(monkeypatch, capsys):
         (["train", *TINY, "data.root=/mnt"], "data.root: digits comes with dytrun, and /mnt is not read"),
         (["train", "runs"], "'runs' is no key=value"),
         (["train", "--config-dir", "/nowhere"], "--config-dir: /nowhere is no directory"),
+        (["train", "model=timm", "model.name=resnet18", "data=digits", "augment=none", "global_batch=32",
+          "machine.compile=blocks"],
+         "this model has no blocks to compile one by one"),
         (["eval"], "dir: which run?"),
         (["eval", "/nowhere"], "/nowhere: no run there"),
         (["report", "/nowhere"], "/nowhere: no directory"),
@@ -103,6 +106,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, 
     assert err[0].startswith("dytrun: ")
     assert said in err[0]
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_a_mapping_that_is_typed_twice_is_merged_in_what_is_checked_and_in_what_runs(monkeypatch, capsys):
+    words = ("model.kwargs={depth: 1}", "seed=1", "seed=2", "dry_run=true")
+    (config,) = compose.expand([*TINY, *words]).configs
+    assert (config.model.kwargs["depth"], config.model.kwargs["patch_size"], config.seed) == (1, 4, 2)
+    code, out, err = run(monkeypatch, capsys, "train", *TINY, *words)
+    assert (code, err) == (0, [])
+    assert f"runs/{config.run_name}\n" in out
 
 
 def test_all_that_is_wrong_is_said_at_once(monkeypatch, capsys):
