@@ -64,8 +64,9 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def tiny(*overrides: str) -> RunConfig:
-    """Return the tiny run with some keys changed."""
-    return config_of(*TINY, *overrides)
+    """Return the tiny run with some keys changed; a mapping takes the place of the tiny run's own."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return config_of(*(word for word in TINY if word.partition("=")[0] not in keys), *overrides)
 
 
 def dytrun(*args: str, env: dict[str, str] | None = None, timeout: float = 200) -> subprocess.CompletedProcess[str]:

@@ -94,8 +94,8 @@ def test_what_only_sounds_like_a_secret_is_taken(monkeypatch, tmp_path):
     monkeypatch.setenv("KEYMAP", "us")
     commit = "0a" * 20
     config = tiny(
-        "+model.kwargs.reg_tokens=0", "model.kwargs={class_token: true, key_dim: 3}", f"data.root={tmp_path}",
-        "tracking.tags=[us,monkey,token_mixer]", f"runs_dir=/cache/{commit}/x",
+        "+model.kwargs.reg_tokens=0", "model.kwargs={class_token: true, key_dim: 3}", "data=cifar10",
+        f"data.root={tmp_path}", "tracking.tags=[us,monkey,token_mixer]", f"runs_dir=/cache/{commit}/x",
     )  # fmt: skip
     assert config.model.kwargs["class_token"] is True
     keys = [line.partition(":")[0].strip() for path in CONF.rglob("*.yaml") for line in path.read_text().splitlines()]
