@@ -246,11 +246,13 @@ def _last_owner(lock: IO[str], directory: Path, how: int) -> tuple[Owner | None,
 
 def _flock(lock: IO[str], how: int, tries: int = _TRIES) -> bool | None:
     """Lock a file without waiting for one who stays; None where the file system knows no locks."""
-    for _ in range(tries):
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(_TRY_S)
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(_TRY_S)
+            continue
         except OSError as error:
             if error.errno in _NO_FLOCK:
                 return None

@@ -182,11 +182,12 @@ def is_gone(group: int, within_s: float = 5) -> bool:
 
 
 def alive_in_group(group: int) -> bool:
-    """Whether a process group has a process left that is no zombie."""
+    """Whether a process group has a process left that is no zombie, or one whose other threads still hold its files."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
+            fields = path.read_text().rpartition(")")[2].split()
+            state, its_group, num_threads = fields[0], int(fields[2]), int(fields[17])
+            if its_group == group and (state != "Z" or num_threads > 1):
                 return True
     return False
 
