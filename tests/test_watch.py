@@ -28,20 +28,43 @@ def states(directory) -> dict[str, str]:
     return {job.run: job.state for job in watch.look(directory)}
 
 
-def screen(directory, until: str, timeout_s: float = 60) -> tuple[int, str]:
+class Screen:
+    """What a process draws into its terminal. A read may end anywhere, also in the middle of a row or of a letter."""
+
+    def __init__(self, terminal: int) -> None:
+        self._drawn, self._terminal = b"", terminal
+
+    @property
+    def said(self) -> str:
+        return self._drawn.decode(errors="replace")
+
+    def goes_on(self) -> bool:
+        """Take what has come, or wait a moment for it; False once nobody is there to draw any more."""
+        if not select.select([self._terminal], [], [], 0.2)[0]:
+            return True
+        try:
+            drawn = os.read(self._terminal, 65536)
+        except OSError:  # Linux: EIO once the other end is closed
+            return False
+        self._drawn += drawn
+        return bool(drawn)
+
+
+def screen(directory, until: str, timeout_s: float = 120) -> tuple[int, str]:
     """Watch a directory in a terminal of its own until it shows something, then press Ctrl-C."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "dytrun", "report", str(directory), "watch=true"]
     environment = os.environ | {"COLUMNS": "200", "LINES": "50", "TERM": "xterm"}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
-    said, end = "", time.monotonic() + timeout_s
+    terminal, end = Screen(ours), time.monotonic() + timeout_s
     try:
-        while not re.search(until, said) and time.monotonic() < end:
-            if select.select([ours], [], [], 0.2)[0]:
-                said += os.read(ours, 65536).decode(errors="replace")
+        while terminal.goes_on() and not re.search(until, terminal.said) and time.monotonic() < end:
+            pass
         process.send_signal(signal.SIGINT)
-        return process.wait(30), said
+        while terminal.goes_on() and time.monotonic() < end + 30:  # what was cut off at the match, and the last picture
+            pass
+        return process.wait(30), terminal.said
     finally:
         process.kill()
         process.wait()
