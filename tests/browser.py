@@ -76,6 +76,11 @@ class Browser:
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.run("new Promise((done) => setTimeout(done, 400))")
 
+    def wait(self, condition: str) -> None:
+        """Wait until an expression holds: charts follow a new size when they come to it."""
+        self.run(f"""new Promise((done) => {{
+            const look = () => {condition} ? done() : setTimeout(look, 20); look(); }})""")
+
     def press(self, key: str) -> None:
         """Press a key, such as Tab."""
         for kind in ("keyDown", "keyUp"):

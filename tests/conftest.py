@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def tiny(*overrides: str) -> RunConfig:
     return config_of(*(word for word in TINY if word.partition("=")[0] not in keys), *overrides)
 
 
-def dytrun(*args: str, env: dict[str, str] | None = None, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def dytrun(*args: str, env: dict[str, str] | None = None, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Run the real command in a real process."""
     return subprocess.run(
         [sys.executable, "-m", "dytrun", *args],
@@ -162,7 +164,7 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def wait_for_title(title: str, ancestor: int, timeout_s: float = 60) -> int:
+def wait_for_title(title: str, ancestor: int, timeout_s: float = 150) -> int:
     """Return the process under `ancestor` whose title begins so, once there is one."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -173,7 +175,22 @@ def wait_for_title(title: str, ancestor: int, timeout_s: float = 60) -> int:
     raise TimeoutError(f"no process {title!r} under {ancestor}")
 
 
-def is_gone(group: int, within_s: float = 5) -> bool:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 150) -> None:
+    """Wait for something that another process does."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError(f"it has not come in {timeout_s} s")
+        time.sleep(0.02)
+
+
+def children_cpu_s() -> float:
+    """Seconds of processors that all ended child processes have taken: what one waits for others does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def is_gone(group: int, within_s: float = 10) -> bool:
     """Whether nothing of a process group is left, a few seconds later at most."""
     until = time.monotonic() + within_s
     while alive_in_group(group) and time.monotonic() < until:
@@ -208,10 +225,14 @@ def worker(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def track(worker) -> Callable[..., list[dict]]:
-    """Run trackers at the same time, each in its process; return what each saw, and how it ended."""
+    """Run trackers at the same time, each in its process; return what each saw, and how it ended.
+
+    They wait for W&B to start and to be reached however busy this machine is, but for `"is_patient": False`.
+    """
 
     def go(*requests: dict) -> list[dict]:
-        whole = [{"env": {}, "overrides": [], "position": [0, False]} | request for request in requests]
+        usual = {"env": {}, "overrides": [], "position": [0, False], "is_patient": True}
+        whole = [usual | request for request in requests]
         whole = [request | {"dir": str(request["dir"])} for request in whole]
         worker.stdin.write(json.dumps(whole) + "\n")
         worker.stdin.flush()
@@ -233,7 +254,7 @@ def serve(tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str
             [sys.executable, str(Path(__file__).with_name("wandb_server.py")), str(port), str(folder), how]
         )
         started.append(process)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -7,12 +7,12 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from conftest import TINY, config_of, dytrun, only, tiny
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from dytrun import images
 from dytrun.batch import BadImage, Batch
 from dytrun.config import RunConfig
 from dytrun.data import RankShare, ValBatches, train_batches
@@ -110,6 +111,25 @@ def test_an_image_turned_by_exif_is_read_as_it_is_stored(tmp_path):
     assert np.array_equal(plain, other)
 
 
+class Pauses(list[float]):
+    """Seconds that were slept before a file was tried again; after the n-th pause comes `then[n]`."""
+
+    def __init__(self) -> None:
+        self.then: dict[int, Callable[[], object]] = {}
+
+    def __call__(self, seconds: float) -> None:
+        self.append(seconds)
+        self.then.get(len(self), int)()
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> Pauses:
+    """Nothing is slept, and how long it would have been is written down."""
+    found = Pauses()
+    monkeypatch.setattr(images, "time", SimpleNamespace(sleep=found))
+    return found
+
+
 JPEG = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)), "JPEG")
 NO_IMAGE = "its content is none of JPEG, PNG, WEBP, BMP, PPM, TIFF"
 BAD = {
@@ -127,21 +147,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_image_is_refused_at_once(tmp_path, kind):
+def test_what_is_no_image_is_refused_at_once(tmp_path, pauses, kind):
     content, why = BAD[kind]
     (tmp_path / "x.jpg").write_bytes(content)
-    begun = time.monotonic()
     with pytest.raises(Unreadable) as caught:
         pixels_of(tmp_path / "x.jpg")
+    assert not pauses
     assert why in caught.value.why
     assert not caught.value.stayed_away
     assert str(caught.value) == (
         f"{tmp_path}/x.jpg: cannot be read as an image ({caught.value.why}); mend or remove it"
     )
-    assert time.monotonic() - begun < 1
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path, open_tree, as_nobody):
+def test_what_is_no_file_is_refused_at_once(tmp_path, pauses, open_tree, as_nobody):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "itself.jpg").symlink_to("itself.jpg")
@@ -153,12 +172,11 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, open_tree, as_nobody):
         tmp_path / "itself.jpg": "Too many levels of symbolic links",
         closed: "Permission denied",
     }
-    begun = time.monotonic()
     for path, why in reasons.items():
         with as_nobody() if path == closed else open(os.devnull), pytest.raises(Unreadable) as caught:
             pixels_of(path)
         assert caught.value.why == why
-    assert time.monotonic() - begun < 1
+    assert not pauses
 
 
 def test_a_bomb_takes_no_memory_and_nothing_is_printed(tmp_path):
@@ -185,13 +203,14 @@ def test_a_bomb_takes_no_memory_and_nothing_is_printed(tmp_path):
     assert said[1].startswith("Image size (89491600 pixels) exceeds limit of 89478485 pixels")
 
 
-def test_a_file_that_comes_back_is_waited_for(tmp_path):
+def test_a_file_that_comes_back_is_waited_for(tmp_path, pauses):
     path = tmp_path / "late.jpg"
-    threading.Timer(0.3, lambda: path.write_bytes(JPEG)).start()
+    pauses.then[2] = lambda: path.write_bytes(JPEG)
     assert pixels_of(path).shape == (40, 48, 3)
+    assert pauses == [0.1, 0.4]
 
 
-def test_a_file_that_stays_away_is_waited_for_once(tmp_path):
+def test_a_file_that_stays_away_is_waited_for_once(tmp_path, pauses):
     """/proc/self/mem answers with a real input/output error where nothing is mapped."""
     for number in range(8):
         (tmp_path / f"{number}.jpg").symlink_to("/proc/self/mem")
@@ -203,18 +222,18 @@ def test_a_file_that_stays_away_is_waited_for_once(tmp_path):
                 (tmp_path / split / name / f"{number}.jpg").symlink_to(tmp_path / f"{8 - number}.jpg")
     data = load_data(config_of("data=folder", f"data.root={tmp_path}").data)
 
-    def seconds(index: int) -> float:
-        begun = time.monotonic()
+    def waited(index: int) -> list[float]:
+        pauses.clear()
         with pytest.raises(Unreadable, match=r"\(Input/output error\)"):
             data.train.picture(index)
-        return time.monotonic() - begun
+        return list(pauses)
 
-    assert seconds(1) > 2.1
-    assert seconds(1) < 1
-    assert seconds(2) > 2.1
-    assert seconds(3) < 1  # three times in a row: it is the disk
+    assert waited(1) == [0.1, 0.4, 1.6]
+    assert waited(1) == []
+    assert waited(2) == [0.1, 0.4, 1.6]
+    assert waited(3) == []  # three times in a row: it is the disk
     assert data.train.picture(0).pixels().shape == (40, 48, 3)
-    assert seconds(4) > 2.1  # it is there again
+    assert waited(4) == [0.1, 0.4, 1.6]  # it is there again
 
 
 def refusal(act: Callable[[], object]) -> str:

@@ -170,7 +170,9 @@ def test_processes_stand_still_between_turns_and_give_nothing_away():
     try:
         assert len(arm._pids) == 2 and arm.batches == 2
         for _ in range(2):
-            time.sleep(0.1)
+            until = time.monotonic() + 60  # a signal is seen to only when its process is next on a processor
+            while {state_of(pid) for pid in arm._pids} != {"T"} and time.monotonic() < until:
+                time.sleep(0.01)
             assert {state_of(pid) for pid in arm._pids} == {"T"}
             before = [_cpu_s_of(pid) for pid in arm._pids]
             assert min(before) > 0

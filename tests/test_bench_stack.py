@@ -200,7 +200,7 @@ else:
 def in_a_process(*overrides: str, **env: str) -> list:
     done = subprocess.run(
         [sys.executable, "-c", _COMPILED, *overrides],
-        capture_output=True, text=True, timeout=280, check=False, env=os.environ | env,
+        capture_output=True, text=True, timeout=550, check=False, env=os.environ | env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

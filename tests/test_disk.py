@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ import pytest
 import torch
 from conftest import TINY, only
 from safetensors.torch import load_file
-from warm import Warm, chosen, essence
+from warm import Job, Warm, chosen, essence, step_of
 
 from dytrun.checkpoint import NotSaved, Store
 from dytrun.errors import UserError
@@ -41,7 +42,7 @@ class Whole(NamedTuple):
     runs: Path
     essence: dict
     peak: int
-    """Most bytes that its checkpoints took at a time."""
+    """Most bytes that its checkpoints were seen to take at a time."""
 
     @property
     def checkpoints(self) -> Path:
@@ -382,6 +383,9 @@ class Filling:
 
     def __enter__(self) -> "Filling":
         self._thread.start()
+        until = time.monotonic() + 60
+        while self._room() > 0 and time.monotonic() < until:
+            time.sleep(0.001)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -389,30 +393,41 @@ class Filling:
         self._thread.join()
         (self._disk / "filling").unlink(missing_ok=True)
 
+    def _room(self) -> int:
+        free = os.statvfs(self._disk)
+        return free.f_bavail * free.f_frsize - self._left
+
     def _fill(self) -> None:
         with (self._disk / "filling").open("wb", buffering=0) as file:
             while not self._over.wait(0.001):
-                free = os.statvfs(self._disk)
-                count = free.f_bavail * free.f_frsize - self._left
-                if count > 0:
+                if (count := self._room()) > 0:
                     try:
                         file.write(bytes(count))
                     except OSError:
                         continue
 
 
-def started(warm: Warm, disk: Path, log: Path, *more: str):
-    """Start the run on a disk and wait for its first checkpoint."""
-    job = warm.start(log, "train", *RUN, f"runs_dir={disk}", *more)
-    job.until(lambda: list(disk.glob("*/checkpoints/step-*")), 120)
-    return job
+def after_its_first_checkpoint(warm: Warm, disk: Path, log: Path, *more: str) -> Job:
+    """Start the run on a disk and halt it (SIGSTOP) between its first checkpoint and its second, of step 88."""
+    for _ in range(5):
+        job = warm.start(log, "train", *RUN, f"runs_dir={disk}", *more)
+        job.until(lambda: list(disk.glob("*/checkpoints/step-*")))
+        os.killpg(job.pid, signal.SIGSTOP)
+        if step_of(disk) < 88:
+            return job
+        job.kill()  # this process was held up, and the run has come too far
+        job.wait()
+        log.unlink()
+        shutil.rmtree(only(disk))
+    raise TimeoutError("the run is always past its second checkpoint")
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_to_its_end_on_a_disk_that_is_full(warm, whole, tmp_path, small_disk):
     disk = small_disk(8)
-    job = started(warm, disk, tmp_path / "log")
+    job = after_its_first_checkpoint(warm, disk, tmp_path / "log")
     with Filling(disk, 48 << 10):
+        os.killpg(job.pid, signal.SIGCONT)
         assert job.wait() == 0, job.said()
     result = RunResult.load(only(disk) / "result.json")
     failed = result.checkpoints["failed"]
@@ -436,8 +451,9 @@ def lines_of(runs: Path) -> list[dict]:
 @pytest.mark.slow
 def test_a_disk_that_gets_room_again_is_written_again(warm, whole, tmp_path, small_disk):
     disk = small_disk(8)
-    job = started(warm, disk, tmp_path / "log", "checkpoint.every_minutes=0.0005")
+    job = after_its_first_checkpoint(warm, disk, tmp_path / "log", "checkpoint.every_minutes=0.0005")
     with Filling(disk, 48 << 10):
+        os.killpg(job.pid, signal.SIGCONT)
         job.until(lambda: ", the 1. such attempt" in job.said())
     assert job.wait() == 0, job.said()
     result = RunResult.load(only(disk) / "result.json")
@@ -449,8 +465,9 @@ def test_a_disk_that_gets_room_again_is_written_again(warm, whole, tmp_path, sma
 @pytest.mark.slow
 def test_a_run_whose_result_finds_no_room_fails_in_one_line_and_can_be_taken_up(warm, whole, tmp_path, small_disk):
     disk = small_disk(8)
-    job = started(warm, disk, tmp_path / "log")
+    job = after_its_first_checkpoint(warm, disk, tmp_path / "log")
     with Filling(disk, 0):
+        os.killpg(job.pid, signal.SIGCONT)
         assert job.wait() == 1, job.said()
         said = [line for line in job.said().splitlines() if line.startswith("dytrun: ")]
         assert len(said) == 1
@@ -540,10 +557,21 @@ def test_a_directory_of_somebody_else_is_said_before_the_first_step(open_tree, a
     assert not list(folder.iterdir())
 
 
-def test_the_room_that_is_asked_for_is_what_a_run_takes(whole):
+def test_the_room_that_is_asked_for_is_what_a_run_takes(whole, tmp_path, monkeypatch):
     """Weights, two moments and EMA, of the newest two, the best one and the one that is being written."""
+    sizes, remove = [], shutil.rmtree
+
+    def removing(path: Path, **how: bool) -> None:
+        sizes.append(total(tmp_path))
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    store, (_, tensors, state) = Store(tmp_path, 2), Store(whole.checkpoints, 2).look_up("LATEST")
+    for step in (44, 88, 132, 176):
+        store.save(step, tensors, state | {"best_step": 44}, is_best=step == 44)
     newest = max(whole.checkpoints.glob("step-*"))
     weights = sum(value.nbytes for value in load_file(newest / "model.safetensors").values())
     size = sum(path.stat().st_size for path in newest.iterdir())
     assert 4 * weights < size < 4 * weights + (1 << 20)
-    assert 3.9 * size < whole.peak < 4 * size + (1 << 20)
+    assert 3.9 * size < max(sizes) < 4 * size + (1 << 20)
+    assert whole.peak < 4 * size + (1 << 20)

@@ -42,7 +42,7 @@ def grid(rank: int, world: int, rendezvous: str, results: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": rendezvous, "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    with session(None, timeout_s=60):
+    with session(None, timeout_s=300):
         found = {(num, batch): counts(num, batch, rank, world) for num in IMAGES for batch in BATCHES}
     torch.save(found, f"{results}/{rank}.pt")
 

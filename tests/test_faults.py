@@ -1,5 +1,6 @@
 """What breaks in the middle of a run: a rank, a loader, a collective, a number. It ends soon, and says who it was."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 RUN = ("train", *TINY, "norm=dyt", "epochs=12", "ema=on", "augment=light", "model.drop_path=0.1", "machine.workers=1",
        "machine.devices=2", "global_batch=64", "tracking.log_every_steps=5")  # fmt: skip
-HANG_S = 5
+HANG_S = 8
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def loader_of(job, rank: int) -> int:
 @pytest.mark.parametrize(
     ("who", "said"),
     [
-        ("rank 1 of 2", "rank 1 hangs: no sign of life (stopped, or out of reach); no step for 5 s"),
+        ("rank 1 of 2", "rank 1 hangs: no sign of life (stopped, or out of reach); no step for 8 s"),
         ("loader of rank 1 of 2", "rank 1 waits for images, step "),
     ],
 )
@@ -45,11 +46,15 @@ def test_a_hang_ends_and_names_the_rank(warm, whole, tmp_path, who, said):
     job = warm.start(tmp_path / "log", *RUN, f"runs_dir={tmp_path}/runs", f"machine.hang_timeout_s={HANG_S}")
     victim = job.find(who)
     job.until(lambda: step_of(tmp_path / "runs") > 30)
-    os.kill(victim, signal.SIGSTOP)
+    since = time.monotonic()
+    os.kill(loader_of(job, 1), signal.SIGSTOP)  # then rank 1 has no more images, and gives no more gradients
+    if victim != loader_of(job, 1):
+        job.until_it_stands_still(tmp_path / "runs")
+        os.kill(victim, signal.SIGSTOP)
     assert job.wait() == 1, job.said()
-    assert HANG_S < job.seconds < HANG_S + 15
+    assert HANG_S < time.monotonic() - since < HANG_S + 45
     assert f"dytrun: {said}" in job.said(), job.said()
-    assert "; no step for 5 s (machine.hang_timeout_s)\n" in job.said()
+    assert "; no step for 8 s (machine.hang_timeout_s)\n" in job.said()
     assert "--- rank 0 computes, or waits in the exchange of gradients" in job.said()
     assert "in train_step" in job.said(), "where each rank stands"
     assert job.is_gone
@@ -67,7 +72,7 @@ def test_a_killed_loader_is_an_error_that_names_it(warm, whole, tmp_path):
     job.until(lambda: step_of(tmp_path / "runs") > 30)
     os.kill(victim, signal.SIGKILL)
     assert job.wait() == 1
-    assert job.seconds < 15
+    assert job.seconds < 60, "found by itself; a collective would wait for ten minutes"
     # The first where images are waited for; torch's own words where its signal handler was sooner.
     named = rf"(loader process {victim} \(SIGKILL\) died|DataLoader worker \(pid {victim}\) is killed)"
     assert re.search(f"rank 1: RuntimeError: {named}", job.said()), job.said()
@@ -120,11 +125,11 @@ def test_a_crash_without_progress_ends_after_the_bound(warm, tmp_path):
     dead: set[int] = set()
     while len(dead) < 3:
         assert alive_in_group(job.pid), job.said()
-        victims = [pid for pid, title in processes() if title.startswith("dytrun: rank 1 of 2")
-                   and pid not in dead and os.getpgid(pid) == job.pid]  # fmt: skip
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
-            dead.add(pid)
+        for pid, title in processes():
+            with contextlib.suppress(ProcessLookupError):  # another test's rank, which has ended since
+                if title.startswith("dytrun: rank 1 of 2") and pid not in dead and os.getpgid(pid) == job.pid:
+                    os.kill(pid, signal.SIGKILL)
+                    dead.add(pid)
         time.sleep(0.02)
     assert job.wait() == 1
     assert job.said().count("starting again") == 2
@@ -163,14 +168,14 @@ def test_bad_images_are_counted_once_over_ranks_and_epochs(warm, image_tree, tmp
     bad = image_files(root / "train")[7:300:100]
     for path in bad:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    data = ("data=folder", f"data.root={root}", "data.image_size=16", "epochs=3", "data.max_bad_fraction=0.01")
+    data = ("data=folder", f"data.root={root}", "data.image_size=16", "epochs=16", "data.max_bad_fraction=0.01")
     run = (*(word for word in RUN if not word.startswith(("data=", "epochs="))), *data)
     whole = warm.run(tmp_path / "log", *run, f"runs_dir={tmp_path}/whole")
     assert whole.code == 0, whole.said()
     result = RunResult.load(only(tmp_path / "whole") / "result.json")
     assert sorted(one["path"] for one in result.bad_images) == sorted(map(str, bad))
     assert all(Path(one["used_instead"]).parent == Path(one["path"]).parent for one in result.bad_images)
-    assert 6 <= result.substituted <= 9, "each of three in at most three epochs"
+    assert 32 <= result.substituted <= 48, "each of three in at most sixteen epochs"
     job = warm.start(tmp_path / "log", *run, f"runs_dir={tmp_path}/parts")
     job.until(lambda: step_of(tmp_path / "parts") >= 5)
     os.kill(job.pid, signal.SIGTERM)

@@ -22,7 +22,7 @@ def test_the_kernels_against_the_formula_in_float64(tmp_path):
         [sys.executable, "-m", "pytest", *options, str(CASES)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=550,
         env=os.environ | interpreted,
         check=False,
     )

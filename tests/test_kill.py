@@ -37,11 +37,13 @@ def whole(warm, tmp_path_factory) -> dict[int, dict]:
 def kill(job, how: str, directory: Path, draw: random.Random) -> None:
     """Wait for a random step, and a random moment longer; kill."""
     victim = job.find(f"rank {how[-1]} of") if how.startswith("rank") else None
-    step = draw.randint(1, 400)  # of 528
+    step = draw.randint(1, 300)  # of 528
     job.until(lambda: step_of(directory) >= step)
     time.sleep(draw.uniform(0, 0.1))
     if how == "job inside a save":
-        job.until(lambda: list(directory.glob("*/checkpoints/.step-*.partial")))
+        until = time.monotonic() + 150
+        while not list(directory.glob("*/checkpoints/.step-*.partial")):  # there for some milliseconds
+            assert time.monotonic() < until, job.said()
     if victim is None:
         job.kill()
     else:
@@ -62,7 +64,7 @@ def test_a_killed_run_ends_bit_equal(warm, whole, tmp_path, number):
     if how.startswith("rank"):
         assert code == 1, job.said()
         assert f"{how} died: SIGKILL" in job.said()
-        assert job.seconds < 15
+        assert job.seconds < 60
     else:
         assert code == -signal.SIGKILL
     assert job.is_gone

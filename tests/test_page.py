@@ -297,8 +297,10 @@ def test_the_page_in_a_real_browser(everything, tmp_path):
         _use_the_keyboard(browser)
 
         browser.show(390, 844)
-        assert browser.run("document.documentElement.scrollWidth") == 390
-        assert browser.run("Math.max(...[...document.querySelectorAll('.main-svg')].map((s) => s.clientWidth))") <= 390
+        browser.wait(
+            "document.documentElement.scrollWidth == 390 && "
+            "Math.max(...[...document.querySelectorAll('.main-svg')].map((s) => s.clientWidth)) <= 390"
+        )
         browser.show(1280)
 
         pdf = browser.pdf()

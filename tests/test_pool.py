@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, dytrun, is_gone, only, wait_for_title
+from conftest import TINY, dytrun, is_gone, only, tiny, wait_for_title, wait_until
 
 from dytrun import machine
 from dytrun.errors import UserError
@@ -27,12 +27,13 @@ def statuses(runs: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_killed_and_a_diverging_job_leave_the_others_alone(tmp_path):
     args = ["train", "-m", *TINY, *POOL, "norm=ln,dyt", "optim.lr=1e-3,1e30", "optim.min_lr=0", "epochs=20"]
+    first = tiny("norm=ln", "optim.lr=1e-3", "optim.min_lr=0", "epochs=20").run_dir.name
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        os.kill(wait_for_title("dytrun: job vit_tiny_patch16_224-ln", process.pid), signal.SIGKILL)
+        os.kill(wait_for_title(f"dytrun: job {first}", process.pid), signal.SIGKILL)
         out, err = process.communicate(timeout=200)
     finally:
         process.kill()
@@ -67,11 +68,9 @@ def test_stopping_the_pool_ends_every_job(tmp_path, how):
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    until = time.time() + 100
-    while len(list(tmp_path.glob("runs/*/checkpoints/step-*"))) < 2 and time.time() < until:
-        time.sleep(0.1)
+    wait_until(lambda: len({path.parents[1] for path in tmp_path.glob("runs/*/checkpoints/step-*")}) == 2)
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert is_gone(process.pid)
     if how == signal.SIGTERM:
         assert process.returncode == 75, err

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import TINY, config_of, dytrun, tiny
+from conftest import TINY, children_cpu_s, config_of, dytrun, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cli import run
@@ -160,13 +160,13 @@ def test_what_only_sounds_like_a_secret_is_taken(monkeypatch, tmp_path):
     ],
 )  # fmt: skip
 def test_a_hostile_override_is_one_line_quickly_and_leaves_nothing(monkeypatch, capsys, tmp_path, args, said):
-    begun = time.monotonic()
+    begun = time.process_time()
     code, out, err = run(monkeypatch, capsys, "train", *TINY, *args)
     assert (code, len(err), out) == (2, 1, "")
     assert said in err[0]
     assert len(err[0]) < 1100
     assert err[0].isprintable()
-    assert time.monotonic() - begun < 5, "the bound is wide: machines are shared"
+    assert time.process_time() - begun < 5, "the bound is wide: machines are shared"
     assert not list(tmp_path.iterdir())
 
 
@@ -213,9 +213,9 @@ def test_a_real_process_refuses_as_quickly(tmp_path):
     ):
         took = []
         for _ in range(2):
-            begun = time.monotonic()
+            begun = children_cpu_s()
             done = dytrun("train", *TINY, *args)
-            took.append(time.monotonic() - begun)
+            took.append(children_cpu_s() - begun)
             assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
             assert said in done.stderr
         assert min(took) < 2

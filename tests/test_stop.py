@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, is_gone, only, processes
+from conftest import TINY, is_gone, only, processes, wait_until
 from safetensors.torch import load_file
 from warm import essence, step_of
 
@@ -40,7 +40,7 @@ def start(directory: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
 
-def ended(run: subprocess.Popen[str], within_s: float = 15) -> str:
+def ended(run: subprocess.Popen[str], within_s: float = 200) -> str:
     """Return what a stopped run says on stderr; nothing of it is left."""
     out, err = run.communicate(timeout=within_s)
     assert run.returncode == 75, out + err
@@ -65,7 +65,7 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(warm, whole, tmp_
         (150, "rank 1", signal.SIGUSR1, 2),
         (220, "group", signal.SIGTERM, 3),  # as SLURM does
         (290, "launcher", signal.SIGHUP, 0),
-        (350, "rank 0", signal.SIGUSR2, 2),
+        (330, "rank 0", signal.SIGUSR2, 2),
     ]
     for number, (step, whom, sent, workers) in enumerate(ways):
         run = (*RUN, f"runs_dir={runs}", f"machine.workers={workers}")
@@ -74,7 +74,7 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(warm, whole, tmp_
         job.until(lambda: step_of(runs) >= step)  # noqa: B023
         os.killpg(target, sent) if whom == "group" else os.kill(target, sent)
         assert job.wait() == 75, job.said()
-        assert job.seconds < 10
+        assert job.seconds < 30
         assert job.is_gone
         stops.append(stopped_at(job.said(), sent))
         assert stops[-1] >= step
@@ -93,9 +93,7 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(warm, whole, tmp_
 def test_as_a_shell_starts_it_too(whole, warm, tmp_path):
     """A signal to the group reaches the server of the ranks as well; ranks without one would count as dead."""
     run = start(tmp_path / "runs")
-    until = time.monotonic() + 90
-    while step_of(tmp_path / "runs") < 20 and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_until(lambda: step_of(tmp_path / "runs") >= 20)
     os.killpg(run.pid, signal.SIGTERM)
     assert stopped_at(ended(run), signal.SIGTERM) >= 20
     done = warm.run(tmp_path / "log", *RUN, f"runs_dir={tmp_path / 'runs'}")
@@ -105,7 +103,7 @@ def test_as_a_shell_starts_it_too(whole, warm, tmp_path):
 
 def test_a_batch_norm_within_an_epoch_is_each_ranks_own(warm, tmp_path):
     """Its statistics are averaged before an evaluation; until then each rank goes on with those that it had."""
-    norms = ("model.name=lcnet_035", "model.kwargs={}", "norm=ln", "data.image_size=32", "epochs=2", "global_batch=128",
+    norms = ("model.name=lcnet_035", "model.kwargs={}", "norm=ln", "data.image_size=32", "epochs=4", "global_batch=64",
              "tracking.log_every_steps=1")  # fmt: skip
     changed = ("model.", "norm=", "epochs=", "global", "tracking.log")
     run = (*(word for word in RUN if not word.startswith(changed)), *norms)
@@ -117,7 +115,7 @@ def test_a_batch_norm_within_an_epoch_is_each_ranks_own(warm, tmp_path):
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait() == 75, job.said()
     step = stopped_at(job.said(), signal.SIGTERM)
-    assert step % 11, "not at the end of an epoch"
+    assert step % 22, "not at the end of an epoch"
     buffers = load_file(only(runs) / "checkpoints" / f"step-{step:08d}" / "rank_buffers.safetensors")
     one, other = (buffers[f"2.{rank}.model.bn1.running_mean"] for rank in (0, 1))
     assert not torch.equal(one, other)
@@ -129,7 +127,7 @@ def test_a_batch_norm_within_an_epoch_is_each_ranks_own(warm, tmp_path):
 
 def test_three_ranks_sum_up_in_the_same_order_again(warm, tmp_path):
     """More than a bucket of gradients: DDP orders its buckets anew after its first steps, and with them the sums."""
-    run = ("train", *TINY, "machine.devices=3", "global_batch=96", "epochs=2", "tracking.log_every_steps=1",
+    run = ("train", *TINY, "machine.devices=3", "global_batch=96", "epochs=6", "tracking.log_every_steps=1",
            "model.kwargs={patch_size: 4, embed_dim: 192, depth: 3, num_heads: 3, global_pool: avg}")  # fmt: skip
     whole = warm.run(tmp_path / "log", *run, f"runs_dir={tmp_path}/whole")
     assert whole.code == 0, whole.said()
@@ -138,7 +136,7 @@ def test_three_ranks_sum_up_in_the_same_order_again(warm, tmp_path):
     job.until(lambda: step_of(runs) >= 5)
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait() == 75, job.said()
-    assert stopped_at(job.said(), signal.SIGTERM) < 28
+    assert stopped_at(job.said(), signal.SIGTERM) < 84
     done = warm.run(tmp_path / "log2", *run, f"runs_dir={runs}")
     assert done.code == 0, done.said()
     assert essence(runs) == essence(tmp_path / "whole")
@@ -152,14 +150,15 @@ def test_a_second_signal_does_not_wait(warm, tmp_path):
     job.until(lambda: step_of(runs) >= 10)
     for pid in loaders:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(1)
+    job.until_it_stands_still(runs)
     before = sorted(path.name for path in only(runs).glob("checkpoints/step-*"))
     os.kill(job.pid, signal.SIGTERM)
-    time.sleep(2)
+    job.until(lambda: "again to leave at once" in job.said())
+    time.sleep(1.5)  # a signal that reaches it twice within a second counts once
     assert any(pid == job.pid for pid, _ in processes())
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait() == 75
-    assert job.seconds < 8
+    assert job.seconds < 30
     assert job.is_gone
     assert "stopped at once; nothing was saved for that" in job.said()
     assert sorted(path.name for path in only(runs).glob("checkpoints/step-*")) == before
@@ -186,7 +185,7 @@ def test_an_interrupt_within_exec_exits_75_too(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_before_anything_has_begun_leaves_nothing(tmp_path, number):
     run = start(tmp_path / "runs")
-    time.sleep(1.5)  # torch is being imported
+    wait_until(lambda: "libtorch" in Path(f"/proc/{run.pid}/maps").read_text())  # torch is being imported
     run.send_signal(number)
     assert ended(run) == "dytrun: stopped\n"
     assert not (tmp_path / "runs").exists()

@@ -347,7 +347,7 @@ def test_a_run_stopped_and_taken_up_again_ends_bit_equal_and_two_ranks_have_its_
     assert "image" not in said
 
     halted = warm.start(tmp_path / "log2", *args, f"runs_dir={tmp_path}/halted")
-    halted.until(lambda: step_of(tmp_path / "halted") >= 40)
+    halted.until(lambda: step_of(tmp_path / "halted") >= 20)
     halted.find("rank")  # the launcher passes the signal on
     os.kill(halted.pid, signal.SIGTERM)
     assert halted.wait() == 75, halted.said()

@@ -13,7 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, ancestors, dytrun, is_gone, lines, only, processes, tiny, wait_for_title
+from conftest import (
+    TINY,
+    ancestors,
+    children_cpu_s,
+    dytrun,
+    is_gone,
+    lines,
+    only,
+    processes,
+    tiny,
+    wait_for_title,
+    wait_until,
+)
 
 from dytrun import norm
 from dytrun.errors import UserError
@@ -83,12 +95,12 @@ def test_both_arms_started_alike(sweep):
 def test_typed_again_nothing_is_trained(sweep):
     runs, args, _, env = sweep
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
-    begun = time.perf_counter()
+    begun = children_cpu_s()
     done = dytrun(*args, env=env)
     assert done.returncode == 0
     assert done.stdout.count("finished already") == 2
     assert "runs in" in done.stdout
-    assert time.perf_counter() - begun < 20
+    assert children_cpu_s() - begun < 20
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")} == before
 
 
@@ -203,16 +215,13 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path, rank):
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     victim = wait_for_title(f"dytrun: rank {rank} of 2, ", process.pid)
-    for _ in range(600):
-        if list(tmp_path.glob("runs/*/checkpoints/step-*")):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")))
     # SLURM's proctrack/linuxproc cannot read a name with blanks, and would not end the process.
     assert Path(f"/proc/{victim}/comm").read_text() == "dytrun\n"
     begun = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 15
+    _, err = process.communicate(timeout=200)
+    assert time.monotonic() - begun < 60, "soon; a collective would wait for ten minutes"
     assert process.returncode == 1
     assert f"rank {rank} died: SIGKILL, process {victim}" in err
     assert "Traceback" not in err
@@ -274,18 +283,16 @@ def test_an_image_that_cannot_be_read_ends_all_ranks_with_one_line(image_tree):
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
-    args = ["train", *TINY, "norm=dyt", "ema=on", "epochs=6", "tracking.log_every_steps=11"]
+    args = ["train", *TINY, "norm=dyt", "ema=on", "epochs=20", "tracking.log_every_steps=11"]
     whole = dytrun(*args, "runs_dir=whole")
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stdout=subprocess.DEVNULL
     )
-    for _ in range(600):
-        if list(tmp_path.glob("runs/*/checkpoints/step-00000088")):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: max(tmp_path.glob("runs/*/checkpoints/step-*"), default=tmp_path).name >= "step-00000088")
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert is_gone(process.pid)
     assert not list(tmp_path.glob("runs/*/result.json"))
     again = dytrun(*args)
     assert again.returncode == 0, again.stderr
@@ -307,15 +314,12 @@ def test_stopping_leaves_no_process_and_no_noise(tmp_path, how, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    for _ in range(600):
-        if list(tmp_path.glob("runs/*/checkpoints/step-*")):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")))
     if how == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)
     else:
         os.kill(process.pid, signal.SIGTERM if how == "terminate" else signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     assert is_gone(process.pid)
     if code == 75:
@@ -328,10 +332,7 @@ def test_a_second_start_in_the_same_directory_is_refused(tmp_path):
     args = ["train", *TINY, "norm=ln", "epochs=400"]
     first = subprocess.Popen([sys.executable, "-m", "dytrun", *args], stdout=subprocess.DEVNULL)
     try:
-        for _ in range(600):
-            if list(tmp_path.glob("runs/*/metrics.jsonl")):
-                break
-            time.sleep(0.1)
+        wait_until(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")))
         second = dytrun(*args)
         assert second.returncode == 2
         assert f"process {first.pid} on" in second.stderr
@@ -347,14 +348,16 @@ def test_wandbs_service_dying_ends_no_run(tmp_path):
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stdout=subprocess.PIPE, text=True
     )
     try:
+        services: list[int] = []  # W&B may need longer to start than the first steps take
         while process.poll() is None:
-            if any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+            begun = any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl"))
+            services = [pid for pid, said in processes() if "wandb-core" in said and process.pid in ancestors(pid)]
+            if begun and services:
                 break
             time.sleep(0.1)
-        services = [pid for pid, command in processes() if "wandb-core" in command and process.pid in ancestors(pid)]
         for pid in services:
             os.kill(pid, signal.SIGKILL)
-        out, _ = process.communicate(timeout=150)
+        out, _ = process.communicate(timeout=400)
     finally:
         process.kill()
         process.wait()

@@ -75,7 +75,7 @@ class Job:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def find(self, title: str, timeout_s: float = 60) -> int:
+    def find(self, title: str, timeout_s: float = 150) -> int:
         """Return its process of that title, once there is one."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
@@ -86,13 +86,24 @@ class Job:
             time.sleep(0.01)
         raise TimeoutError(f"{title}: {[command for _, command in processes() if 'dytrun' in command]}; {self.said()}")
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 150) -> None:
         """Wait for something; it must come while the command runs."""
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, f"{timeout_s} s; {self.said()}"
             assert alive_in_group(self.pid), self.said()
             time.sleep(0.005)
+
+    def until_it_stands_still(self, runs: Path) -> None:
+        """Wait until no step has come for two seconds."""
+        seen = [(time.monotonic(), step_of(runs))]
+
+        def is_still() -> bool:
+            if (step := step_of(runs)) != seen[-1][1]:
+                seen.append((time.monotonic(), step))
+            return time.monotonic() - seen[-1][0] > 2
+
+        self.until(is_still)
 
     def said(self) -> str:
         """What it has printed."""
