@@ -433,7 +433,8 @@ def test_a_run_trains_to_its_end_with_a_hundredth_of_its_images_truncated(image_
     assert (result["status"], result["steps"], result["num_val"]) == ("finished", 18, 16)
 
 
-def test_after_a_bad_image_the_loader_processes_end_at_once(image_tree):
+def test_after_a_bad_image_the_loader_processes_end_at_once(image_tree, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 100.0)  # so long each may be waited for
     root = image_tree(train={"cat": 1, "dog": 1}, val={"cat": 20, "dog": 20})
     (root / "val" / "dog" / "3.jpg").write_bytes(b"")
     config = tiny("data=folder", f"data.root={root}", "data.image_size=16")
@@ -446,4 +447,4 @@ def test_after_a_bad_image_the_loader_processes_end_at_once(image_tree):
     begun = time.monotonic()
     fail()
     gc.collect()
-    assert time.monotonic() - begun < 8  # five for each of them, where it is waited for
+    assert time.monotonic() - begun < 60

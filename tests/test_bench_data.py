@@ -201,8 +201,9 @@ class FailsAt(Dataset):
 
 
 @pytest.mark.parametrize("place", [0, 4, 9])
-def test_processes_end_at_once_where_a_batch_fails(place):
+def test_processes_end_at_once_where_a_batch_fails(place, monkeypatch):
     """In the first one, while warming up, in a turn: one that stood still would be waited for."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 100.0)  # so long each is waited for
     loader = DataLoader(FailsAt(place), 1, num_workers=2, worker_init_fn=start_worker)
 
     def measure() -> None:
@@ -216,7 +217,7 @@ def test_processes_end_at_once_where_a_batch_fails(place):
     with pytest.raises(UserError, match="one image of a thousand"):
         measure()
     assert not multiprocessing.active_children()
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 60
 
 
 def test_a_turn_counts_the_seconds_of_its_processes():

@@ -171,9 +171,9 @@ def test_a_measurement_in_eager_mode(monkeypatch):
         assert each["ms_p50"] == sorted(each["ms"])[1]
         assert (each["verdict"] is None) == (each["arm"] == "rms")
     alone = {
-        each["arm"]: each["ms_p50"] for each in measured if (each["pass"], each["what"]) == ("infer", "norms alone")
+        each["arm"]: min(each["ms"]) for each in measured if (each["pass"], each["what"]) == ("infer", "norms alone")
     }
-    # No operator at all against five norms of at least one.
+    # The best of three rounds, for other tests are running; no operator at all against five norms of at least one.
     assert alone.pop("identity") < min(alone.values()) / 2
 
 

@@ -85,7 +85,7 @@ def packers_of(pid: int) -> list[int]:
     return [one for one, title in processes() if title.startswith("dytrun: packer") and pid in ancestors(one)]
 
 
-def until_gone(pids: list[int], within_s: float = 5) -> bool:
+def until_gone(pids: list[int], within_s: float = 30) -> bool:
     end = time.monotonic() + within_s
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.02)
