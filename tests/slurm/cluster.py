@@ -28,7 +28,7 @@ from typing import Self, TextIO
 PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "scontrol", "sinfo", "squeue", "sbatch", "srun", "setpriv")
 HOSTS = Path("/etc/hosts")
 OURS = "# dytrun test cluster of process"  # in each of our lines in HOSTS, followed by the process id and a directory
-UP_WITHIN_S = 20
+UP_WITHIN_S = 60
 PORTS = range(20_000, 32_000)  # below what the kernel gives to outgoing connections: a dead node's port stays free
 
 # Credentials live five seconds because a requeued job waits for them to expire (the default is two minutes; SLURM
@@ -126,7 +126,7 @@ class Cluster:
         records = map(_fields, self.run("scontrol", "-o", "show", "job").splitlines())
         return {record["JobId"]: record for record in records if "JobId" in record}
 
-    def wait_for(self, job_id: str, states: str | Collection[str], timeout_s: float = 30) -> dict[str, str]:
+    def wait_for(self, job_id: str, states: str | Collection[str], timeout_s: float = 120) -> dict[str, str]:
         """Return the job's record as soon as its JobState is one of `states`."""
         wanted = {states} if isinstance(states, str) else set(states)
         record: dict[str, str] = {}

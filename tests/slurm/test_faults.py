@@ -86,8 +86,8 @@ class Driver:
 
     def end(self) -> tuple[int, str, str]:
         """Return exit code, stdout and stderr of the driver; nothing of the job must be left."""
-        out, err = self._process.communicate(timeout=240)
-        end = time.monotonic() + 10
+        out, err = self._process.communicate(timeout=500)
+        end = time.monotonic() + 60
         while ranks := self._ranks():
             assert time.monotonic() < end, f"still there: {ranks}"
             time.sleep(0.1)

@@ -41,7 +41,7 @@ def start(cluster, *args: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for_checkpoint(runs: Path, timeout_s: float = 90) -> None:
+def wait_for_checkpoint(runs: Path, timeout_s: float = 200) -> None:
     until = time.monotonic() + timeout_s
     while not list(runs.glob("*/checkpoints/step-*")):
         assert time.monotonic() < until, "no checkpoint"
@@ -114,7 +114,7 @@ def test_jobs_go_on_without_their_driver_and_are_found_again(cluster, tmp_path):
     driver = start(cluster, *run)
     wait_for_checkpoint(tmp_path / "runs")  # of the first one; the other has yet to begin
     driver.send_signal(signal.SIGTERM)
-    out, err = driver.communicate(timeout=30)
+    out, err = driver.communicate(timeout=200)
     assert driver.returncode == 75
     assert out.count("goes on as SLURM job") == 2
     assert "Traceback" not in err
