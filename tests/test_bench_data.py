@@ -78,12 +78,12 @@ def test_a_slow_disk_is_seen_where_images_are_read(tree):
     split = load_data(run.data).train
 
     def slow(index: int) -> bytes:
-        time.sleep(0.02)
+        time.sleep(0.05)
         return split.read(index)
 
     ms = {name: np.median(values) for name, values in
           bench_stages.measure(run, split._replace(read=slow), 3).values["stages_ms"].items()}  # fmt: skip
-    assert {name for name, value in ms.items() if value >= 20} == {"read", "all of it"}
+    assert {name for name, value in ms.items() if value >= 50} == {"read", "all of it"}
 
 
 def test_ours_stands_beside_timms_with_ratios_that_follow_from_the_rounds(found):
@@ -177,7 +177,9 @@ def test_processes_stand_still_between_turns_and_give_nothing_away():
             before = [_cpu_s_of(pid) for pid in arm._pids]
             assert min(before) > 0
             time.sleep(0.2)
-            assert [_cpu_s_of(pid) for pid in arm._pids] == before
+            # A process says that it stands some microseconds before the last of its time is counted.
+            assert all(0 <= _cpu_s_of(pid) - was < 0.01 for pid, was in zip(arm._pids, before, strict=True))
+            assert {state_of(pid) for pid in arm._pids} == {"T"}
             images_per_s, cpu_s = arm.turn()
             assert images_per_s > 0 and cpu_s > 0
         arm.plan(0.5)
