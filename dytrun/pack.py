@@ -85,6 +85,8 @@ def pack(config: PackConfig) -> Packed:
             was_there = (manifest := _begun(out, made_from)) is not None
             manifest, num_kept = (manifest, 0) if manifest else _make(config, made_from, classes, listings)
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (out / _LOCK).unlink()  # of one that was killed after its last file
     except Full as error:
         raise UserError(_full(out, str(error))) from None
     except OSError as error:

@@ -132,8 +132,8 @@ def _hand_out(
     notes: dict[int, Note] = {}
     kept = 0
     waiting = iter(enumerate(tasks))
-    for pipe in pipes:
-        pipe.send(next(waiting))
+    for pipe, process in zip(pipes, processes, strict=True):
+        _send(pipe, next(waiting), process)
     while len(notes) < len(tasks):
         for pipe in wait(pipes):
             assert isinstance(pipe, Connection)
@@ -150,7 +150,7 @@ def _hand_out(
                 place, note = said
                 notes[place] = note
                 if (task := next(waiting, None)) is not None:
-                    pipe.send(task)
+                    _send(pipe, task, processes[pipes.index(pipe)])
             elif kind == "full":
                 raise Full(*said)
             elif kind == "refused":
@@ -158,6 +158,13 @@ def _hand_out(
             else:
                 raise RunError(*said)
     return [notes[place] for place in range(len(tasks))], kept
+
+
+def _send(pipe: Connection, task: tuple[int, Task], process: Any) -> None:
+    try:
+        pipe.send(task)
+    except (BrokenPipeError, ConnectionResetError):  # it died after what it said last
+        _died(process)
 
 
 def _died(process: Any) -> NoReturn:

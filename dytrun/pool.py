@@ -137,15 +137,15 @@ def check(settings: Mapping[str, Any]) -> None:
 
 def _work(launcher: int, task: Task, cfg: Any, slot: Slot, name: str) -> None:
     """Be a job: alone on the slot's cores and GPUs, and silent but for its log."""
-    ranks.enter_job(launcher, f"job {name}")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, slot.cores)
-    if slot.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     logs = Path(task.folder) / "logs"
     logs.mkdir(exist_ok=True)
     log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())
+    ranks.enter_job(launcher, f"job {name}")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, slot.cores)
+    if slot.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     task(cfg)

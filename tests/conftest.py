@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -190,6 +189,15 @@ def children_cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def is_over(pid: int) -> bool:
+    """Whether a process has ended, all threads of it, though nobody may have asked how."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] == "Z" and int(fields[17]) == 1
+
+
 def is_gone(group: int, within_s: float = 10) -> bool:
     """Whether nothing of a process group is left, a few seconds later at most."""
     until = time.monotonic() + within_s
@@ -247,20 +255,10 @@ def serve(tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str
     """Start servers: `serve(how, folder, port)` returns the process and its address; without a port, a free one."""
     started = []
 
-    def start(how: str, folder: Path, port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
-        folder.mkdir(exist_ok=True)
-        port = port or free_port()
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("wandb_server.py")), str(port), str(folder), how]
-        )
+    def start(how: str, folder: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
+        process, address = wandb_server(how, folder, port)
         started.append(process)
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return process, f"http://127.0.0.1:{port}"
-            time.sleep(0.05)
-        raise TimeoutError("the server does not start")
+        return process, address
 
     yield start
     for process in started:
@@ -268,8 +266,15 @@ def serve(tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str
         process.wait()
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def wandb_server(how: str, folder: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a server on a port, or on a free one for 0; return its process and its address once it listens."""
+    folder.mkdir(exist_ok=True)
+    says = folder / "port"
+    says.unlink(missing_ok=True)
+    script = str(Path(__file__).with_name("wandb_server.py"))
+    process = subprocess.Popen([sys.executable, script, str(port), str(folder), how])
+    until = time.monotonic() + 60
+    while not (says.is_file() and says.read_text().endswith("\n")):
+        assert process.poll() is None and time.monotonic() < until, "the server does not start"
+        time.sleep(0.02)
+    return process, f"http://127.0.0.1:{int(says.read_text())}"

@@ -36,11 +36,11 @@ def counts(num: int, batch: int, rank: int, world: int) -> tuple[int, int, float
     return found.top1_count, found.top5_count, found.loss, found.correct.tolist()
 
 
-def grid(rank: int, world: int, rendezvous: str, results: str) -> None:
+def grid(rank: int, world: int, results: str) -> None:
     import os
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": rendezvous, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"DYTRUN_RENDEZVOUS": f"{results}/meet", "SLURMD_NODENAME": "localhost", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     with session(None, timeout_s=300):
         found = {(num, batch): counts(num, batch, rank, world) for num in IMAGES for batch in BATCHES}
@@ -58,15 +58,10 @@ def expected(num: int) -> tuple[int, int, list[bool]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", RANKS)
 def test_counts_are_exact_for_every_split(world):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     with tempfile.TemporaryDirectory() as results:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch"])
-        mp.start_processes(grid, (world, port, results), nprocs=world, start_method="forkserver")
+        mp.start_processes(grid, (world, results), nprocs=world, start_method="forkserver")
         for rank in range(world):
             for (num, _), (top1, top5, _, correct) in torch.load(Path(results) / f"{rank}.pt").items():
                 assert (top1, top5, correct) == expected(num)

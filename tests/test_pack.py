@@ -389,7 +389,7 @@ def test_help_and_packing_import_no_torch(tmp_path, source):
 
 
 TRAIN = (*TINY, "data=imagenet", "data.num_classes=3", "data.image_size=32", "global_batch=8", "augment=light",
-         "epochs=6", "norm=dyt")  # fmt: skip
+         "epochs=12", "norm=dyt")  # fmt: skip
 
 
 @pytest.mark.slow

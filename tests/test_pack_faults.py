@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import packs
 import pytest
-from conftest import TINY, ancestors, dytrun, processes
+from conftest import TINY, ancestors, dytrun, is_over, processes
 from test_disk import small_disk  # noqa: F401
 from test_pack import packed
 from warm import chosen
@@ -87,16 +87,17 @@ def packers_of(pid: int) -> list[int]:
 
 def until_gone(pids: list[int], within_s: float = 30) -> bool:
     end = time.monotonic() + within_s
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+    while not all(map(is_over, pids)) and time.monotonic() < end:
         time.sleep(0.02)
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    return all(map(is_over, pids))
 
 
-def killed_and_taken_up(warm, large: Path, out: Path, draw: random.Random, only_parent: bool) -> int:
-    """Kill a packer at a random moment and start it again; return how many shards were kept."""
+def killed_and_taken_up(warm, large: Path, out: Path, draw: random.Random, only_parent: bool, at_least: int = 0) -> int:
+    """Kill a packer at a random moment and start it again; return how many shards, of `at_least`, were kept."""
     command = ("data", "pack", str(large), f"out={out}", *SHRUNK)
     job = warm.start(out.with_suffix(".log"), *command)
     job.until(lambda: list(out.glob(".packing/*.json")) if draw.random() < 0.5 else out.exists())
+    job.until(lambda: len(list(out.glob(".packing/*-0*.json"))) >= at_least)
     time.sleep(draw.uniform(0, 0.6))
     children = packers_of(job.pid)
     if only_parent:
@@ -124,7 +125,8 @@ def test_a_pack_that_was_killed_ends_byte_for_byte_equal(warm, large, undisturbe
 def test_packs_that_were_killed_again_and_again_end_byte_for_byte_equal(warm, large, undisturbed, tmp_path):
     kept = []
     for number in range(KILLS):
-        kept.append(killed_and_taken_up(warm, large, tmp_path / "out", chosen(100 + number), number % 2 == 1))
+        draw, at_least = chosen(100 + number), 5 if number % 5 == 4 else 0
+        kept.append(killed_and_taken_up(warm, large, tmp_path / "out", draw, number % 2 == 1, at_least))
         assert packs.files(tmp_path / "out") == undisturbed
         shutil.rmtree(tmp_path / "out")
     assert max(kept) > 3, kept
@@ -174,6 +176,35 @@ def test_a_packing_process_that_dies_is_named(warm, large, undisturbed, tmp_path
     assert job.is_gone
     assert warm.run(tmp_path / "log", *command).code == 0
     assert packs.files(out) == undisturbed
+
+
+def test_a_packing_process_that_dies_between_two_files_is_named(warm, large, tmp_path):
+    out = tmp_path / "out"
+    job = warm.start(tmp_path / "log", "data", "pack", str(large), f"out={out}", *SHRUNK)
+    job.until(lambda: list(out.glob("*.shard")) and packers_of(job.pid))
+    victims = packers_of(job.pid)
+    os.kill(job.pid, signal.SIGSTOP)  # it cannot hand out another file
+    done = 0
+    while done != (done := len(list(out.glob(".packing/*-0*.json")))) or any(map(is_busy, victims)):
+        time.sleep(0.2)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    assert until_gone(victims)
+    os.kill(job.pid, signal.SIGCONT)
+    assert job.wait() == 1, job.said()
+    assert any(f"packing process {victim} died (SIGKILL)" in job.said().splitlines()[-1] for victim in victims)
+
+
+def is_busy(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S"
+
+
+def test_a_lock_that_was_left_behind_a_whole_pack_goes(source, tmp_path):
+    out = packed(source, f"out={tmp_path / 'out'}")
+    before = packs.files(out)
+    (out / ".lock").touch()
+    packed(source, f"out={out}")
+    assert packs.files(out) == before
 
 
 def test_two_packers_in_one_directory_are_one_too_many(warm, large, undisturbed, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM
 from conftest import TINY, lines, only, tiny
 from safetensors.torch import load_file
 from test_cli import run
@@ -60,7 +61,7 @@ def glance(config, images: torch.Tensor) -> tuple[nn.Module, list[str], activati
 )
 def test_a_glance_is_what_hooks_written_out_say(overrides, f, middle, half):
     config = tiny(*overrides)
-    images = torch.randn(8, 3, 8, 8)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     model, names, found = glance(config, images)
     inputs: dict[str, torch.Tensor] = {}
     for name in names:
@@ -83,9 +84,15 @@ def test_a_glance_is_what_hooks_written_out_say(overrides, f, middle, half):
         return
     for name, x in inputs.items():
         z = config.norm.alpha_init * x + (config.norm.shift_init or 0.0)
-        share = ((f(z) - middle).abs() > 0.99 * half).float().mean().item()
-        assert found.saturation[name] == pytest.approx(share, abs=tolerance)
+        far = (f(z) - middle).abs() / half
+        assert is_share_above(found.saturation[name], far, 0.99, 1e-6 if config.precision == "fp32" else 0.01)
     assert max(found.saturation.values()) > 0.001
+
+
+def is_share_above(share: float, values: torch.Tensor, limit: float, slack: float) -> bool:
+    """Whether a share is that of the values above a limit; one so near to it may have been seen on either side."""
+    least, most = ((values > limit + off).double().mean().item() for off in (slack, -slack))
+    return least - 1e-6 <= share <= most + 1e-6  # means in float32
 
 
 def test_a_norm_that_is_called_twice_is_seen_twice():
@@ -285,10 +292,8 @@ def test_its_numbers_are_those_of_hooks_written_out(runs, name):
             assert 0 < site["shape"]["r2_line"] <= site["shape"]["r2_tanh"] + 1e-3
             continue
         z = site["alpha"] * x
-        is_saturated = z.tanh().abs() > 0.99
-        is_linear = ((z - z.tanh()).abs() <= 0.01) & ~is_saturated
-        assert site["shares"]["saturated"] == pytest.approx(is_saturated.double().mean().item(), abs=1e-5)
-        assert site["shares"]["linear"] == pytest.approx(is_linear.double().mean().item(), abs=1e-4)
+        assert is_share_above(site["shares"]["saturated"], z.tanh().abs(), 0.99, 1e-6)
+        assert is_share_above(1 - site["shares"]["linear"], (z - z.tanh()).abs(), 0.01, 1e-6)
         assert sum(site["shares"].values()) == pytest.approx(1)
 
 
@@ -433,6 +438,7 @@ def probe_image(path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 def test_the_page_opens_in_a_browser_without_an_error(runs, tmp_path):
     page = runs["dyt"] / "probe" / "probe.html"
     text = page.read_text()
@@ -443,7 +449,7 @@ def test_the_page_opens_in_a_browser_without_an_error(runs, tmp_path):
     assert text.count("role=img") == text.count("aria-label=") - 1 == text.count("<svg")
     picture = tmp_path / "page.png"
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,3000",
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,3000",
          f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip

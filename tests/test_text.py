@@ -184,18 +184,25 @@ def test_evaluation_is_exact_whatever_the_batch(small, norm):
     config = small(f"norm={norm}")
     found = load_text(config.data)
     model, _ = build_arm(config, 256)
-    content, losses, top1, top5 = torch.from_numpy(found.val.content.astype(np.int64)), 0.0, 0, 0
+    content, losses = torch.from_numpy(found.val.content.astype(np.int64)), 0.0
+    top1, top5 = [0, 0], [0, 0]  # at least, at most
     model.eval()
     with torch.no_grad():
         for start in range(0, len(content) - 1, 16):
             piece = content[start : start + 17]
             logits = model(piece[None, :-1])[0]
             losses += F.cross_entropy(logits.double(), piece[1:], reduction="sum").item()
-            top1 += int((logits.argmax(1) == piece[1:]).sum())
-            top5 += int((logits.topk(5, 1).indices == piece[1:, None]).any(1).sum())
+            above = logits - logits.gather(1, piece[1:, None])
+            # How many stand above the right one, and how many may: the last bits of a logit depend on the batch.
+            for place, rank in enumerate(((above > -1e-5).sum(1) - 1, (above > 1e-5).sum(1))):
+                top1[place] += int((rank == 0).sum())
+                top5[place] += int((rank < 5).sum())
+    assert max(top1[1] - top1[0], top5[1] - top5[0]) <= 2
     for batch in (1, 9):
         accuracy = evaluate(model, ValWindows(found.val, batch, (0, 1, CPU))(), found.val.num, autocast(config, CPU))
-        assert (accuracy.num, accuracy.top1_count, accuracy.top5_count) == (len(content) - 1, top1, top5)
+        assert accuracy.num == len(content) - 1
+        assert top1[0] <= accuracy.top1_count <= top1[1]
+        assert top5[0] <= accuracy.top5_count <= top5[1]
         assert accuracy.loss == pytest.approx(losses / (len(content) - 1), rel=1e-6)
         assert accuracy.correct is None
 

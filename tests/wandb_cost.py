@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from conftest import TINY, free_port
+from conftest import TINY, wandb_server
 from scipy import stats
 from wandb_runs import KEY
 
@@ -52,16 +52,14 @@ class Server:
 
     def __init__(self, folder: Path):
         """Keep what it is sent in `folder`."""
-        folder.mkdir()
-        self.port, self._folder = free_port(), folder
-        self.env = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}"}
+        self._folder, self._port = folder, 0
         self.start()
+        self.env = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{self._port}"}
 
     def start(self) -> None:
         """Start it, with what it had."""
-        script = str(Path(__file__).with_name("wandb_server.py"))
-        self._process = subprocess.Popen([sys.executable, script, str(self.port), str(self._folder), "well"])
-        time.sleep(1)
+        self._process, address = wandb_server("well", self._folder, self._port)
+        self._port = int(address.rpartition(":")[2])
 
     def kill(self) -> None:
         """Kill it as a power cut does."""

@@ -1,5 +1,6 @@
 """A server that speaks as much of W&B's protocol as dytrun needs: python wandb_server.py PORT FOLDER HOW.
 
+With port 0 it takes a free one; FOLDER/port says which, once it listens.
 What it is sent it appends to FOLDER/sent.jsonl, a request a line, and reads back when it is started again; files lie
 in FOLDER/files. Rows of history are kept by their offset, as W&B keeps them. HOW it answers: `well`, `500`, `never`,
 `dribble` (a byte a second), `deaf` (everything but GraphQL, and that never), or `slow` (a second and a half after each
@@ -24,7 +25,8 @@ ENTITY = {"id": "e", "name": "someone"}
 def requests_of(folder: Path) -> list[dict]:
     """Return every request that a server in `folder` got, oldest first."""
     path = folder / "sent.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]  # the last may be half there
 
 
 def history_of(folder: Path, run: str) -> list[dict]:
@@ -204,6 +206,9 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    Handler.how, Handler.folder, Handler.address = sys.argv[3], Path(sys.argv[2]), f"http://127.0.0.1:{sys.argv[1]}"
+    server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+    Handler.how, Handler.folder = sys.argv[3], Path(sys.argv[2])
+    Handler.address = f"http://127.0.0.1:{server.server_port}"
+    (Handler.folder / "port").write_text(f"{server.server_port}\n")
     with contextlib.suppress(KeyboardInterrupt):
-        Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+        server.serve_forever()

@@ -89,9 +89,11 @@ class Job:
     def until(self, condition: Callable[[], Any], timeout_s: float = 150) -> None:
         """Wait for something; it must come while the command runs."""
         end = time.monotonic() + timeout_s
+        is_alive = True
         while not condition():
             assert time.monotonic() < end, f"{timeout_s} s; {self.said()}"
-            assert alive_in_group(self.pid), self.said()
+            assert is_alive, self.said()
+            is_alive = bool(alive_in_group(self.pid))  # what it does before its end is still looked at
             time.sleep(0.005)
 
     def until_it_stands_still(self, runs: Path) -> None:
