@@ -23,6 +23,8 @@ SIGNALS = tuple(
 AGAIN_S = 1.0
 # As cli's exit code of a run that was stopped.
 STOPPED = 75
+# A weak reference's callback at the end of every import: what is raised in one is printed, and lost.
+_DEAF = ("<frozen importlib._bootstrap>", "cb")
 
 
 class Stop:
@@ -113,6 +115,13 @@ def as_interrupt() -> AbstractContextManager[None]:
     """While it lasts every signal that asks for a stop is as Ctrl-C: KeyboardInterrupt in the main thread."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if (frame.f_code.co_filename, frame.f_code.co_name) == _DEAF:
+                again = threading.Timer(0.01, os.kill, (os.getpid(), signum))  # when that is over
+                again.daemon = True
+                again.start()
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     return _handled(interrupt)

@@ -242,6 +242,8 @@ def track(worker) -> Callable[..., list[dict]]:
         usual = {"env": {}, "overrides": [], "position": [0, False], "is_patient": True}
         whole = [usual | request for request in requests]
         whole = [request | {"dir": str(request["dir"])} for request in whole]
+        if any(Path(one["dir"], "wandb").is_dir() for one in whole):
+            time.sleep(1.1)  # W&B names the parts of a run by the second
         worker.stdin.write(json.dumps(whole) + "\n")
         worker.stdin.flush()
         ends = json.loads(worker.stdout.readline())

@@ -237,7 +237,7 @@ def test_a_turn_counts_the_seconds_of_its_processes():
     assert 1 <= arm.batches <= 11
     images_per_s, cpu_s = arm.turn()
     assert cpu_s == pytest.approx(0.01 / 5, rel=0.2)
-    assert images_per_s <= 5 / 0.01
+    assert images_per_s <= 5 / 0.01 * 1.01  # two clocks, of the process and of the wall
 
 
 @pytest.mark.parametrize("data", ["digits", "synthetic"])

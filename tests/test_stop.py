@@ -182,6 +182,31 @@ def test_an_interrupt_within_exec_exits_75_too(tmp_path):
     assert (done.returncode, done.stderr) == (75, "dytrun: stopped\n")
 
 
+DEAF = """
+import os, signal, sys, time
+from dytrun import stop
+
+def profile(frame, event, arg):
+    if event == "call" and frame.f_code.co_name == "cb" and "importlib" in frame.f_code.co_filename:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+with stop.as_interrupt():
+    sys.setprofile(profile)
+    try:
+        import hydra.core
+        time.sleep(100)
+    except KeyboardInterrupt:
+        sys.exit(75)
+"""
+
+
+def test_a_signal_within_a_callback_of_an_import_is_not_lost():
+    """What is raised in a callback Python prints and drops."""
+    done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, check=False, timeout=90)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_before_anything_has_begun_leaves_nothing(tmp_path, number):
     run = start(tmp_path / "runs")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -170,14 +171,22 @@ def test_one_and_two_ranks_see_the_same_images_and_losses(tmp_path):
     assert results[1].weights_sha256["end"] != results[1].weights_sha256["start"]
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 def test_torchrun_on_two_nodes_joins_where_the_first_one_is(tmp_path):
     """Two agents as on two machines: each in a directory of its own, and only the first one's is written to."""
     args = ["train", *TINY, "norm=dyt", "epochs=2"]
 
     def launch() -> list[tuple[int, str, str]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Not one that the system may give to another process before torchrun has come to listen there.
+        port = next(port for port in random.sample(range(20_000, 32_000), 1000) if is_free(port))
         agents = []
         for node in (0, 1):
             (tmp_path / f"node{node}").mkdir(exist_ok=True)
@@ -289,13 +298,15 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "dytrun", *args], start_new_session=True, stdout=subprocess.DEVNULL
     )
-    wait_until(lambda: max(tmp_path.glob("runs/*/checkpoints/step-*"), default=tmp_path).name >= "step-00000088")
+    wait_until(lambda: any(path.name >= "step-00000132" for path in tmp_path.glob("runs/*/checkpoints/step-*[0-9]")))
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert is_gone(process.pid)
     assert not list(tmp_path.glob("runs/*/result.json"))
     again = dytrun(*args)
     assert again.returncode == 0, again.stderr
+    starts = (only(tmp_path / "runs") / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(start)["step"] >= 132 for start in starts] == [False, True]
     one, other = (only(tmp_path / name) for name in ("whole", "runs"))
     untimed = [
         [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines(run_dir)]

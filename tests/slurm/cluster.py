@@ -28,7 +28,7 @@ from typing import Self, TextIO
 PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "scontrol", "sinfo", "squeue", "sbatch", "srun", "setpriv")
 HOSTS = Path("/etc/hosts")
 OURS = "# dytrun test cluster of process"  # in each of our lines in HOSTS, followed by the process id and a directory
-UP_WITHIN_S = 60
+UP_WITHIN_S = IDLE_WITHIN_S = 60
 PORTS = range(20_000, 32_000)  # below what the kernel gives to outgoing connections: a dead node's port stays free
 
 # Credentials live five seconds because a requeued job waits for them to expire (the default is two minutes; SLURM
@@ -61,7 +61,7 @@ ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=10
 JobRequeue=1
-KillWait=3
+KillWait=10
 MinJobAge=600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -176,7 +176,7 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D", "-c", "-f", self.env["SLURM_CONF"])
         for name in self.nodes:
             self._start(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
-        self._until(self._idle, UP_WITHIN_S, lambda: "the nodes are not idle")
+        self._until(self._idle, IDLE_WITHIN_S, lambda: "the nodes are not idle")
 
     def _down(self) -> None:
         """Cut the power. Nothing of this cluster will be used again, so nothing is asked to end well."""

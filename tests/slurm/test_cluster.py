@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 from dytrun.slurm import restart_lines
 from slurm import cluster as module
@@ -152,8 +153,14 @@ def test_without_the_question_a_cancelled_job_would_return(cluster):
 
 def test_failed_start_leaves_nothing(needs_slurm, tmp_path, monkeypatch):
     hosts = module.HOSTS.read_bytes()
-    monkeypatch.setattr(module, "UP_WITHIN_S", 1)
-    monkeypatch.setattr(Cluster, "_idle", lambda self: False)
+    monkeypatch.setattr(module, "IDLE_WITHIN_S", 1)
+
+    def never(self) -> bool:
+        log = self.directory / "log" / "slurmctld.log"
+        wait_until(lambda: log.is_file() and log.stat().st_size)
+        return False
+
+    monkeypatch.setattr(Cluster, "_idle", never)
     cluster = Cluster(tmp_path)
     with pytest.raises(ClusterError, match=r"nodes are not idle, after 1 s\n(?s:.*)--- slurmctld.log"), cluster:
         pass
