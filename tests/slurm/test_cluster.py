@@ -1,7 +1,7 @@
 """What the tests of this directory take for granted of SLURM, seen on the real one.
 
 Times on two cores: up 1.1 s, down 0.1 s; a requeued job starts 6 s later, when its credential has expired; a preempted
-job that does not leave by itself runs on for 13 s, though GraceTime is 5.
+job that does not leave by itself runs on for 31 s, though GraceTime is 5.
 """
 
 import os
